@@ -1,0 +1,60 @@
+"""The device mesh: axes `data`, `fsdp` and `tensor`."""
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+AXES = ("data", "fsdp", "tensor")
+
+
+def make_mesh(
+    data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """Arranges the devices in a mesh with the axes ("data", "fsdp", "tensor").
+
+    Args:
+        data: copies of the model, each working on its part of the batch.
+        fsdp: devices the weights of one copy are spread over, each working on part of the batch.
+        tensor: devices that share the work of each matrix product.
+        devices: default: all of them.
+
+    One size may be -1: it takes the devices that the others leave.
+
+    Raises:
+        ValueError: if the sizes do not multiply to the number of devices.
+
+    Example:
+        >>> make_mesh().axis_names
+        ('data', 'fsdp', 'tensor')
+    """
+    sizes = dict(data=data, fsdp=fsdp, tensor=tensor)
+    free = [name for name, size in sizes.items() if size == -1]
+    bad = {name: size for name, size in sizes.items() if size != -1 and size < 1}
+    if bad:
+        raise ValueError(f"mesh sizes must be positive, or -1 for the rest; got {bad}")
+    if len(free) > 1:
+        raise ValueError(f"only one mesh axis can be -1; got {' and '.join(free)}")
+    if devices is None:
+        devices = jax.devices()
+    fixed = int(np.prod([size for size in sizes.values() if size != -1]))
+    if free:
+        if len(devices) % fixed:
+            raise ValueError(
+                f"{len(devices)} devices cannot be divided by the {fixed} that"
+                f" {', '.join(f'{n}={s}' for n, s in sizes.items() if s != -1)} ask for"
+            )
+        sizes[free[0]] = len(devices) // fixed
+    elif fixed != len(devices):
+        asked = " x ".join(f"{n}={s}" for n, s in sizes.items())
+        raise ValueError(f"mesh {asked} needs {fixed} devices, but there are {len(devices)}")
+    shape = tuple(sizes.values())
+    axis_types = (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(shape, AXES, axis_types, devices=devices)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over `data` and `fsdp`, everything else whole."""
+    return NamedSharding(mesh, P(("data", "fsdp")))
