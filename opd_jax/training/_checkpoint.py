@@ -1,0 +1,169 @@
+"""Checkpoints: atomic, asynchronous, and checked when they are read.
+
+Orbax writes and commits them. It does not notice a flipped bit in an array file, so each array's checksum,
+taken on the device before the save, stands beside it and is compared after every restore.
+"""
+
+import json
+import logging
+import shutil
+import zlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from opd_jax._extras import require
+
+_log = logging.getLogger(__name__)
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written, or none could be read."""
+
+
+@jax.jit
+def checksums(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """A position-dependent sum of each array's bits modulo 2^32, as uint32.
+
+    Every weight is odd, so that no single flipped bit goes unseen; integer sums do not depend on how an array
+    is sharded.
+    """
+    return {name: _checksum(a) for name, a in arrays.items()}
+
+
+def _checksum(a: jax.Array) -> jax.Array:
+    unsigned = jnp.dtype(f"uint{8 * a.dtype.itemsize}")
+    bits = a.astype(jnp.uint8) if a.dtype == bool else jax.lax.bitcast_convert_type(a, unsigned)
+    if bits.dtype.itemsize > 4:
+        raise TypeError(f"checkpoints hold arrays of at most 32 bits an element, got {a.dtype}")
+    place = jnp.zeros((), jnp.uint32)
+    for axis, size in enumerate(a.shape):
+        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, a.shape, axis)
+    return jnp.sum(bits.astype(jnp.uint32) * (2 * (place * jnp.uint32(2654435761)) + 1))
+
+
+class Checkpoints:
+    """The checkpoints of one run, newest last.
+
+    Args:
+        folder: where they are; made if missing.
+        keep: how many to keep.
+    """
+
+    def __init__(self, folder: Path, keep: int):
+        self._ocp = require("orbax.checkpoint")
+        self._folder = folder.absolute()
+        self._manager = self._ocp.CheckpointManager(
+            self._folder,
+            options=self._ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
+        )
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps that can be restored, in order."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, state: Any, record: dict[str, Any]) -> None:
+        """Starts writing `state` (a pytree of arrays) and `record` (JSON); returns before it is on disk.
+
+        Raises:
+            CheckpointError: if the disk has no room, or this or an earlier write failed. Checkpoints
+                already written are untouched.
+        """
+        arrays = _flatten(state)
+        need = sum(a.nbytes for a in arrays.values())
+        free = shutil.disk_usage(self._folder).free
+        if free < need:
+            raise CheckpointError(
+                f"no room for the checkpoint of step {step} in {self._folder}: it takes {need / 1e9:.2f} GB, "
+                f"{free / 1e9:.2f} GB are free"
+            )
+        body = json.dumps({"record": record, "checksums": {k: int(v) for k, v in checksums(arrays).items()}})
+        try:
+            self._manager.check_for_errors()
+            self._manager.save(
+                step,
+                args=self._ocp.args.Composite(
+                    state=self._ocp.args.StandardSave(arrays),
+                    record=self._ocp.args.JsonSave({"body": body, "crc32": zlib.crc32(body.encode())}),
+                ),
+            )
+        except Exception as error:  # orbax and tensorstore raise many kinds
+            raise CheckpointError(_short(f"the checkpoint of step {step} failed", error)) from error
+
+    def wait(self) -> None:
+        """Returns when everything is on disk.
+
+        Raises:
+            CheckpointError: if a write failed.
+        """
+        try:
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+        except Exception as error:
+            raise CheckpointError(_short("writing a checkpoint failed", error)) from error
+
+    def restore(self, like: Any) -> tuple[int, Any, dict[str, Any]] | None:
+        """The newest checkpoint that is intact: (step, state, record); None if there is none at all.
+
+        Args:
+            like: a pytree of arrays or ShapeDtypeStructs with the structure, dtypes and shardings wanted.
+
+        Raises:
+            CheckpointError: if there are checkpoints and every one of them is damaged.
+        """
+        wrong = []
+        for step in reversed(self.steps):
+            try:
+                state, record = self._restore(step, like)
+            except Exception as error:
+                wrong.append((step, _short(f"step {step}", error)))
+                _log.warning("checkpoint of %s; trying the one before", wrong[-1][1])
+                continue
+            for damaged, _ in wrong:  # out of the way of the new checkpoint of that step
+                (self._folder / str(damaged)).rename(self._folder / f"damaged-{damaged}")
+            self._manager.reload()
+            return step, state, record
+        if wrong:
+            raise CheckpointError(
+                f"no checkpoint in {self._folder} can be read: " + "; ".join(message for _, message in wrong)
+            )
+        return None
+
+    def _restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
+        wanted = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), _flatten(like)
+        )
+        got = self._manager.restore(
+            step,
+            args=self._ocp.args.Composite(
+                state=self._ocp.args.StandardRestore(wanted), record=self._ocp.args.JsonRestore()
+            ),
+        )
+        body = got.record["body"]
+        if zlib.crc32(body.encode()) != got.record["crc32"]:
+            raise CheckpointError("its record is damaged (checksum differs)")
+        body = json.loads(body)
+        for name, value in checksums(got.state).items():
+            if int(value) != body["checksums"][name]:
+                raise CheckpointError(f"{name} is damaged (checksum differs)")
+        return jax.tree.unflatten(
+            jax.tree.structure(like), [got.state[name] for name in _flatten(like)]
+        ), body["record"]
+
+    def close(self) -> None:
+        self._manager.close()
+
+
+def _flatten(tree: Any) -> dict[str, Any]:
+    """Leaves by path, in the tree's order."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(p, simple=True, separator="."): leaf for p, leaf in leaves}
+
+
+def _short(what: str, error: Exception) -> str:
+    """One line: tensorstore's messages run to pages."""
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"{what}: {type(error).__name__}: {first[:300]}"
