@@ -37,6 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] not in commands:
         print(f"opd-jax: no command {argv[0]!r}; there are {', '.join(commands)}", file=sys.stderr)
         return 2
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it misses torch; we do not
     return _guarded(commands[argv[0]], argv)
 
 

@@ -43,8 +43,8 @@ def check_pair(student: Any, teacher: Any, *, stops: tuple, teacher_stops: tuple
         ]
         problems.append(
             f"their chat templates differ (student: {which[0]}, teacher: {which[1]}): the teacher would "
-            "score prompts in a form it does not know; give both folders the same chat_template.jinja, or set "
-            "data.chat: never"
+            "score prompts in a form it does not know; give both folders the same chat_template.jinja, or "
+            "set data.chat: never"
         )
     if problems:
         raise ValueError("the teacher does not fit the student:\n" + "\n".join(f"  - {p}" for p in problems))

@@ -101,12 +101,14 @@ def prepare(config: Config, display: Display) -> tuple[Setup, State]:
         graphdef=graphdef,
         teacher=teacher,
         key=jax.random.key(config.seed),
-        **_steps(config, graphdef, teacher, optimizer),
+        **_steps(config, graphdef, teacher, optimizer, jax.tree.map(lambda a: a.sharding, state)),
     )
     return setup, state
 
 
-def _steps(config: Config, graphdef, teacher, optimizer: optax.GradientTransformation) -> dict[str, Any]:
+def _steps(
+    config: Config, graphdef, teacher, optimizer: optax.GradientTransformation, shardings: State
+) -> dict[str, Any]:
     teacher_graphdef = None if teacher is None else nnx.graphdef(teacher)
     update = make_update(
         graphdef,
@@ -117,6 +119,7 @@ def _steps(config: Config, graphdef, teacher, optimizer: optax.GradientTransform
         dtype=jnp.dtype(config.student.dtype),
         micro_batches=config.micro_batches,
         loss_chunk=config.loss_chunk,
+        shardings=shardings,
     )
     score = None if teacher is None else make_score(teacher_graphdef, config.micro_batches)
     return dict(update=update, score=score)
@@ -161,7 +164,7 @@ def _check_rows(config: Config, mesh: Mesh) -> None:
     rows, shards = config.batch_size // config.micro_batches, mesh.shape["data"] * mesh.shape["fsdp"]
     if rows % shards:
         raise ValueError(
-            f"batch_size {config.batch_size} in {config.micro_batches} micro_batches makes {rows} rows, which "
-            f"do not spread evenly over mesh.data x mesh.fsdp = {mesh.shape['data']} x {mesh.shape['fsdp']} = "
-            f"{shards} devices; make batch_size / micro_batches a multiple of {shards}"
+            f"batch_size {config.batch_size} in {config.micro_batches} micro_batches makes {rows} rows, "
+            f"which do not spread evenly over mesh.data x mesh.fsdp = {mesh.shape['data']} x "
+            f"{mesh.shape['fsdp']} = {shards} devices; make batch_size / micro_batches a multiple of {shards}"
         )

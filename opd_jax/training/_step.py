@@ -93,6 +93,7 @@ def make_update(
     dtype: Any = jnp.float32,
     micro_batches: int = 1,
     loss_chunk: int = 512,
+    shardings: State | None = None,
 ) -> Callable[[State, Any, Batch, jax.Array | None], tuple[State, dict[str, jax.Array]]]:
     """The compiled update: (state, teacher_params, batch, teacher_hidden) -> (state, metrics).
 
@@ -108,6 +109,8 @@ def make_update(
         dtype: the parameters are cast to it before use; gradients and optimiser stay float32.
         micro_batches: equal parts, one after the other; divides B.
         loss_chunk: tokens whose logits exist at a time.
+        shardings: of the state, which the new state keeps; without them XLA chooses, and a state laid out
+            differently makes the next update compile again.
 
     Returns:
         The function. Its metrics are float32 scalars: means over the tokens that count, the gradient's and
@@ -165,7 +168,7 @@ def make_update(
         }
         return new, metrics
 
-    return jax.jit(update, donate_argnums=0)
+    return jax.jit(update, donate_argnums=0, out_shardings=(shardings, None))
 
 
 def _tokens(student, hidden, teacher, teacher_hidden, batch: Batch) -> Tokens:

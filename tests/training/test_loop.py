@@ -273,34 +273,36 @@ def test_nothing_compiles_after_the_second_step(make, monkeypatch):
     assert steps[0] > 0 and steps[2:] == [0, 0, 0, 0]
 
 
+def _assert_same_step(a: configs.Config, b: configs.Config) -> None:
+    """Of one step: Adam's first steps are signs, which turn rounding into differences of any later step."""
+    (first,), (second,) = _metrics(a.run_dir), _metrics(b.run_dir)
+    for name in ("loss", "kl", "gradient_norm", "completion_length", "student_entropy"):
+        assert first[name] == pytest.approx(second[name], rel=2e-5), name
+
+
 @pytest.mark.parametrize("changes", [dict(micro_batches=4), dict(loss_chunk=3), dict(student__remat=True)])
 def test_how_the_work_is_cut_does_not_change_the_result(make, changes):
-    plain, cut = make("plain"), make("cut", **changes)
+    plain, cut = make("plain", steps=1), make("cut", steps=1, **changes)
     training.train(plain), training.train(cut)
-    for a, b in zip(_metrics(plain.run_dir), _metrics(cut.run_dir), strict=True):
-        for name in ("loss", "kl", "gradient_norm", "completion_length"):
-            assert a[name] == pytest.approx(b[name], rel=2e-5), name
+    _assert_same_step(plain, cut)
 
 
 def test_the_mesh_does_not_change_the_result(make, one_device):
-    runs = [make("one"), make("mesh", micro_batches=2, mesh=configs.MeshConfig(data=2, fsdp=2, tensor=2))]
-    training.train(runs[0])
+    plain = make("one", steps=1)
+    mesh = make("mesh", steps=1, micro_batches=2, mesh=configs.MeshConfig(data=2, fsdp=2, tensor=2))
+    training.train(plain)
     one_device.undo()
-    training.train(runs[1])
-    first, *others = (_metrics(settings.run_dir) for settings in runs)
-    for lines in others:
-        for a, b in zip(first, lines, strict=True):
-            for name in ("loss", "gradient_norm", "completion_length"):
-                assert a[name] == pytest.approx(b[name], rel=2e-5), name
+    training.train(mesh)
+    _assert_same_step(plain, mesh)
 
 
 def test_supervised_training_learns_its_demonstrations(make):
     settings = make(
-        objective="sft", teacher=configs.TeacherConfig(), steps=30, max_new_tokens=40, batch_size=32
+        objective="sft", teacher=configs.TeacherConfig(), steps=100, max_new_tokens=40, batch_size=32
     )
     training.train(settings)
     losses = [line["loss"] for line in _metrics(settings.run_dir)]
-    assert losses[-1] < 0.75 * losses[0]
+    assert losses[-1] < 0.6 * np.log(19)  # 19 tokens, all equally likely: no skill at all
 
 
 def test_grpo_raises_the_reward(make, monkeypatch):
