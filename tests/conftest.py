@@ -1,5 +1,6 @@
 """Eight virtual CPU devices for all tests, and what several of them share."""
 
+import importlib.util
 import os
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: its threads fight with XLA's
@@ -7,8 +8,10 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: its threads 
 import tempfile
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
 from flax import nnx
 
@@ -68,3 +71,49 @@ def make_model():
         return model
 
     return make
+
+
+class Bag(nnx.Module):
+    """A user's own model with the bare protocol: the mean of the tokens seen, and where they stand."""
+
+    def __init__(self, rngs, vocab=32):
+        self.embedding = nnx.Param(2 * jax.random.normal(rngs.params(), (vocab, 12)))
+        self.kernel = nnx.Param(jax.random.normal(rngs.params(), (12, vocab)))
+
+    def init_cache(self, batch, slots):
+        return jnp.zeros((batch, slots, 12)), jnp.zeros((), jnp.int32)
+
+    def __call__(self, tokens, positions=None, cache=None, mask=None):
+        batch, new = tokens.shape
+        values, length = self.init_cache(batch, new) if cache is None else cache
+        if positions is None:
+            positions = jnp.broadcast_to(length + jnp.arange(new), (batch, new))
+        x = self.embedding[...][tokens] * jnp.cos(0.3 * positions)[..., None]
+        values = jax.lax.dynamic_update_slice(values, x, (0, length, 0))
+        seen = jnp.arange(values.shape[1]) <= length + jnp.arange(new)[:, None]
+        seen = jnp.broadcast_to(seen, (batch, *seen.shape))
+        if mask is not None:
+            seen &= mask[:, None]
+        mean = seen.astype(jnp.float32) @ values / seen.sum(-1, keepdims=True)
+        return (mean + x) @ self.kernel[...], (values, length + new)
+
+
+@pytest.fixture(scope="session")
+def bare_model():
+    return Bag(nnx.Rngs(0))
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The folder that scripts/fetch_smollm2.py makes, kept in its cache between runs."""
+    script = Path(__file__).parents[1] / "scripts" / "fetch_smollm2.py"
+    spec = importlib.util.spec_from_file_location("fetch_smollm2", script)
+    fetch = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(fetch)
+    folder = fetch.default_folder()
+    if not (folder / "config.json").exists():
+        try:
+            fetch.fetch(folder)
+        except OSError as error:
+            pytest.skip(f"could not fetch SmolLM2: {error}")
+    return folder

@@ -44,17 +44,16 @@ def attend(
         value: [B, S, K, H].
         causal: hide from query t the keys behind t (S = T).
         mask: True where a key may be seen: [B, S] or [B, T, S].
-        implementation: "xla", "cudnn" (GPU), "splash" (TPU; causal calls, others go to XLA), or
-            "auto": splash on TPU where it can run, else JAX's default.
+        implementation: "xla"; "cudnn" (GPU) or "splash" (TPU) for causal calls, others going to
+            XLA; or "auto": splash on TPU where it can run, else JAX's default.
 
     Returns:
         [B, T, N, H].
     """
-    if implementation == "splash" or (implementation == "auto" and _prefers_splash(query)):
-        # The decode path, one query or a few against a cache, has no use for a blocked kernel.
-        if causal:
-            return _splash(query, key, value, mask)
-        implementation = "xla"
+    if not causal:  # One query or a few against a cache have no use for a blocked kernel.
+        implementation = "xla" if implementation != "auto" else "auto"
+    elif implementation == "splash" or (implementation == "auto" and _prefers_splash(query)):
+        return _splash(query, key, value, mask)
     if mask is not None:
         mask = mask[:, None, None, :] if mask.ndim == 2 else mask[:, None, :, :]
     chosen = None if implementation == "auto" else implementation

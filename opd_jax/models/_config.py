@@ -1,7 +1,7 @@
 """What a decoder is: sizes and switches, read from and written to a Hugging Face config.json."""
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +149,12 @@ class DecoderConfig:
         )
 
     def to_hf(self) -> dict[str, Any]:
-        """Returns a config.json: the one this was read from, with our fields written over it."""
+        """Returns a config.json: the one this was read from, with our fields written over it.
+
+        Raises:
+            ValueError: if the architecture has no such variant (a Qwen2 without biases, ...), so
+                that nobody could read the config.json back as what it is.
+        """
         family = FAMILIES[self.architecture]
         hf = copy.deepcopy(self.hf or {})
         hf.pop("quantization_config", None)  # What `save` writes is not quantised.
@@ -179,7 +184,15 @@ class DecoderConfig:
         if family.mlp_bias is None:
             hf["mlp_bias"] = self.mlp_bias
         hf.update(_write_rope(self))
+        read = DecoderConfig.from_hf(hf)
+        if lost := [f.name for f in fields(self) if f.compare and _differ(self, read, f.name)]:
+            told = ", ".join(f"{name}={getattr(self, name)!r}" for name in lost)
+            raise ValueError(f"a config.json of {self.architecture} cannot express {told}")
         return hf
+
+
+def _differ(a: DecoderConfig, b: DecoderConfig, name: str) -> bool:
+    return getattr(a, name) != getattr(b, name)
 
 
 def _unknown_architecture(architecture: Any, source: Any) -> str:

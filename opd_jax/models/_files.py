@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .._extras import require
+from opd_jax._extras import require
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from .._extras import require
-from ._config import FAMILIES, DecoderConfig, RopeScaling
-from ._rope import rope_frequencies
+from opd_jax._extras import require
+from opd_jax.models._config import FAMILIES, DecoderConfig, RopeScaling
+from opd_jax.models._rope import rope_frequencies
 
 _ARCHITECTURES = {family.model_type: name for name, family in FAMILIES.items()}
 

@@ -6,8 +6,8 @@ before the merges: SmolLM2's digits, which stand alone, for one.
 
 from typing import Any
 
-from .._extras import require
-from ._gguf import GGUFReader
+from opd_jax._extras import require
+from opd_jax.models._gguf import GGUFReader
 
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"

@@ -6,6 +6,8 @@ from flax import nnx
 from jax import Array, lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
+ONE_HOT_VOCABULARY = 512
+
 
 def matmul(x: Array, kernel: Array) -> Array:
     """`x @ kernel`, accumulated in float32 and rounded to the dtype of `x`.
@@ -64,6 +66,38 @@ def _transpose(x: Array) -> Array:
         cpu=lambda x: with_layout_constraint(x.T, Layout((0, 1))),
         default=lambda x: x.T,
     )
+
+
+def lookup(embedding: Array, tokens: Array) -> Array:
+    """`embedding[tokens]`: rows [..., D] of `embedding` [V, D]."""
+    if embedding.shape[0] <= ONE_HOT_VOCABULARY:
+        # For a small vocabulary a product with one-hot rows beats gather, and its transpose,
+        # the embedding's gradient, beats scatter-add by far. HIGHEST keeps it exact on TPU.
+        one_hot = jax.nn.one_hot(tokens, embedding.shape[0], dtype=embedding.dtype)
+        return jnp.dot(one_hot, embedding, precision=lax.Precision.HIGHEST)
+    return embedding[tokens] if embedding.dtype == jnp.float32 else _narrow_lookup(embedding, tokens)
+
+
+# JAX's own transpose adds up the gradients of a token in bfloat16, one occurrence after the other:
+# of a token that occurs hundreds of times, most get lost.
+@jax.custom_vjp
+def _narrow_lookup(embedding: Array, tokens: Array) -> Array:
+    return embedding[tokens]
+
+
+def _lookup_forward(embedding: Array, tokens: Array):
+    # An empty slice carries the shape and dtype without keeping the embedding.
+    return embedding[tokens], (tokens, embedding[:, :0])
+
+
+def _lookup_backward(residuals, cotangent):
+    tokens, like = residuals
+    total = jnp.zeros((like.shape[0], cotangent.shape[-1]), jnp.float32)
+    total = total.at[tokens].add(cotangent.astype(jnp.float32))
+    return total.astype(like.dtype), None
+
+
+_narrow_lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
 class Linear(nnx.Module):

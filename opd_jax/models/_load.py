@@ -9,14 +9,14 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from .. import parallel
-from .._extras import require
-from ._attention import Implementation
-from ._config import DecoderConfig
-from ._decoder import Decoder
-from ._files import FolderReader, read_json
-from ._gguf import GGUFReader
-from ._names import Parameter, parameters, replace_leaves
+from opd_jax import parallel
+from opd_jax._extras import require
+from opd_jax.models._attention import Implementation
+from opd_jax.models._config import DecoderConfig
+from opd_jax.models._decoder import Decoder
+from opd_jax.models._files import FolderReader, read_json
+from opd_jax.models._gguf import GGUFReader
+from opd_jax.models._names import Parameter, parameters, replace_leaves
 
 HUB_PATTERNS = (
     "config.json",

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import jax
 from flax import nnx
 
-from ._config import DecoderConfig
+from opd_jax.models._config import DecoderConfig
 
 Path = tuple[str, ...]
 

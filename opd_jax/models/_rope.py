@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from ._config import RopeScaling
+from opd_jax.models._config import RopeScaling
 
 
 def rope_frequencies(head_width: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from .._extras import require
-from ._decoder import Decoder
-from ._files import INDEX, SINGLE, inside
-from ._names import Parameter, parameters
-from ._tokenizer import load_tokenizer
+from opd_jax._extras import require
+from opd_jax.models._decoder import Decoder
+from opd_jax.models._files import INDEX, SINGLE, inside
+from opd_jax.models._names import Parameter, parameters
+from opd_jax.models._tokenizer import load_tokenizer
 
 TOKENIZER_FILES = (
     "tokenizer.json",

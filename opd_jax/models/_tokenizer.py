@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from .._extras import require
-from ._files import read_json
-from ._gguf import GGUFReader
-from ._gguf_tokenizer import tokenizer_from_gguf
-from ._load import load_config, resolve
+from opd_jax._extras import require
+from opd_jax.models._files import read_json
+from opd_jax.models._gguf import GGUFReader
+from opd_jax.models._gguf_tokenizer import tokenizer_from_gguf
+from opd_jax.models._load import load_config, resolve
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 

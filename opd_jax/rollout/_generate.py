@@ -110,15 +110,15 @@ def generate(
         A `Rollout`.
 
     Raises:
-        ValueError: on an empty prompt or batch, a prompt longer than the bucket, stop strings without a
-            tokenizer, or `max_new_tokens` below 1.
+        ValueError: on an empty prompt or batch, a prompt longer than the bucket, stop strings that are
+            empty or without a tokenizer, or `max_new_tokens` below 1.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     if stop_strings and tokenizer is None:
         raise ValueError("stop_strings need a tokenizer (anything with decode(ids) -> str)")
     if not all(stop_strings):
-        raise ValueError(f"stop_strings must not be empty, got {list(stop_strings)}")
+        raise ValueError(f"a stop string is empty: {list(stop_strings)}")
     tokens, lengths = _pad(prompts, prompt_lengths, prompt_bucket)
     rows = np.arange(len(lengths)) if row_ids is None else np.asarray(row_ids)
     if rows.shape != lengths.shape:

@@ -4,6 +4,7 @@ Orbax writes and commits them. It does not notice a flipped bit in an array file
 taken on the device before the save, stands beside it and is compared after every restore.
 """
 
+import itertools
 import json
 import logging
 import shutil
@@ -80,7 +81,10 @@ class Checkpoints:
                 f"no room for the checkpoint of step {step} in {self._folder}: it takes {need / 1e9:.2f} GB, "
                 f"{free / 1e9:.2f} GB are free"
             )
-        body = json.dumps({"record": record, "checksums": {k: int(v) for k, v in checksums(arrays).items()}})
+        sums = {name: int(value) for name, value in checksums(arrays).items()}
+        body = json.dumps(
+            {"record": record, "arrays": {name: [_kind(a), sums[name]] for name, a in arrays.items()}}
+        )
         try:
             self._manager.check_for_errors()
             self._manager.save(
@@ -123,7 +127,7 @@ class Checkpoints:
                 _log.warning("checkpoint of %s; trying the one before", wrong[-1][1])
                 continue
             for damaged, _ in wrong:  # out of the way of the new checkpoint of that step
-                (self._folder / str(damaged)).rename(self._folder / f"damaged-{damaged}")
+                self._set_aside(damaged)
             self._manager.reload()
             return step, state, record
         if wrong:
@@ -136,22 +140,23 @@ class Checkpoints:
         wanted = jax.tree.map(
             lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), _flatten(like)
         )
-        got = self._manager.restore(
-            step,
-            args=self._ocp.args.Composite(
-                state=self._ocp.args.StandardRestore(wanted), record=self._ocp.args.JsonRestore()
-            ),
-        )
-        body = got.record["body"]
-        if zlib.crc32(body.encode()) != got.record["crc32"]:
+        args = self._ocp.args
+        saved = self._manager.restore(step, args=args.Composite(record=args.JsonRestore())).record
+        if zlib.crc32(saved["body"].encode()) != saved["crc32"]:
             raise CheckpointError("its record is damaged (checksum differs)")
-        body = json.loads(body)
-        for name, value in checksums(got.state).items():
-            if int(value) != body["checksums"][name]:
+        body = json.loads(saved["body"])
+        _compare({name: kind for name, (kind, _) in body["arrays"].items()}, wanted)
+        state = self._manager.restore(step, args=args.Composite(state=args.StandardRestore(wanted))).state
+        for name, value in checksums(state).items():
+            if int(value) != body["arrays"][name][1]:
                 raise CheckpointError(f"{name} is damaged (checksum differs)")
-        return jax.tree.unflatten(
-            jax.tree.structure(like), [got.state[name] for name in _flatten(like)]
-        ), body["record"]
+        return jax.tree.unflatten(jax.tree.structure(like), [state[name] for name in wanted]), body["record"]
+
+    def _set_aside(self, step: int) -> None:
+        """Renames a checkpoint, so that it is kept but seen no more."""
+        names = (f"damaged-{step}" + f".{i}" * (i > 1) for i in itertools.count(1))
+        free = next(name for name in names if not (self._folder / name).exists())
+        (self._folder / str(step)).rename(self._folder / free)
 
     def close(self) -> None:
         self._manager.close()
@@ -161,6 +166,21 @@ def _flatten(tree: Any) -> dict[str, Any]:
     """Leaves by path, in the tree's order."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(p, simple=True, separator="."): leaf for p, leaf in leaves}
+
+
+def _kind(a: Any) -> str:
+    return f"{a.dtype}{list(a.shape)}"
+
+
+def _compare(saved: dict[str, str], wanted: dict[str, Any]) -> None:
+    """Raises CheckpointError, naming the first difference, if other arrays were saved than are wanted."""
+    for name in sorted(saved.keys() | wanted.keys()):
+        there = saved.get(name, "nothing")
+        here = _kind(wanted[name]) if name in wanted else "nothing"
+        if there != here:
+            raise CheckpointError(
+                f"it is of another model or optimizer: it has {there} as {name}, this run needs {here}"
+            )
 
 
 def _short(what: str, error: Exception) -> str:

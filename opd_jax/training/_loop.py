@@ -75,7 +75,8 @@ def train(config: Config) -> Result:
         setup, state = prepare(config, display)
         checkpoints = Checkpoints(folder.checkpoints, config.checkpoint.keep)
         try:
-            return _Run(setup, state, folder, checkpoints, display).run()
+            with jax.set_mesh(setup.mesh):  # kernels that XLA cannot partition look it up
+                return _Run(setup, state, folder, checkpoints, display).run()
         finally:
             checkpoints.close()
 

@@ -110,3 +110,23 @@ def test_a_window_that_no_layer_uses_is_fine():
 def test_config_is_hashable():
     a, b = (models.DecoderConfig.from_hf(LLAMA_3, source=s) for s in ("here", "there"))
     assert a == b and hash(a) == hash(b)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "field"),
+    [
+        ("Qwen2ForCausalLM", dict(attention_bias=False)),
+        ("Qwen3ForCausalLM", dict(qk_norm=False)),
+        ("Qwen3ForCausalLM", dict(mlp_bias=True)),
+        ("LlamaForCausalLM", dict(output_bias=True)),
+    ],
+)
+def test_a_variant_that_the_architecture_lacks_cannot_be_written(architecture, field):
+    good = dict(qk_norm=architecture.startswith("Qwen3"))
+    good["attention_bias"] = architecture.startswith("Qwen2")
+    sizes = dict(vocab_size=8, width=8, layers=1, heads=2, kv_heads=1, head_width=4, ff_width=8)
+    models.DecoderConfig(**sizes, architecture=architecture, **good).to_hf()
+    config = models.DecoderConfig(**sizes, architecture=architecture, **{**good, **field})
+    (name,) = field
+    with pytest.raises(ValueError, match=f"{architecture} cannot express .*{name}={field[name]}"):
+        config.to_hf()

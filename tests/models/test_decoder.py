@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from opd_jax import models
+from opd_jax.models import _layers
 
 
 def logits(model, tokens, *args, **kwargs):
@@ -73,24 +74,6 @@ def test_prefill_decode_and_gradient_run(tiny, batch, dtype):
         assert np.isfinite(np.asarray(leaf, np.float32)).all()
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_unstacked_layers_compute_the_same(tiny, tokens, dtype):
-    model = models.Decoder(tiny.config, rngs=nnx.Rngs(0), dtype=dtype)
-
-    @jax.jit
-    def both(model, tokens):
-        def decode(model):
-            _, cache = model(tokens[:, :11], None, model.init_cache(2, 12), prefill=True)
-            return model(tokens[:, 11:], None, cache)[0]
-
-        return decode(model), decode(model.unstack())
-
-    stacked, separate = both(model, tokens)
-    np.testing.assert_allclose(stacked, separate, atol=1e-5 if dtype == jnp.float32 else 0.02)
-    assert model.unstack().layers[2].attention.q.kernel.shape == (16, 32)
-    assert model.layers.attention.q.kernel.shape == (3, 16, 32)
-
-
 def test_cache_of_a_bfloat16_model_on_cpu_is_float32(tiny):
     model = models.Decoder(tiny.config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
     on_cpu = jax.default_backend() == "cpu"
@@ -129,9 +112,37 @@ def test_bfloat16_gradient_is_close_to_float32(tiny, tokens):
     assert difference < 0.02
 
 
-def test_one_hot_embedding_equals_gather(tiny):
-    tokens = jnp.arange(40)[None]
-    np.testing.assert_array_equal(tiny._embed(tokens)[0], tiny.embedding[...])
+@pytest.mark.parametrize("vocab", [40, 1000])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_lookup_and_its_gradient(vocab, dtype):
+    embedding = jax.random.normal(jax.random.key(0), (vocab, 8), dtype)
+    tokens = jnp.array([[3] * 999 + [vocab - 1]])  # One token so often that bfloat16 stops counting.
+    rows, pull = jax.vjp(lambda e: _layers.lookup(e, tokens), embedding)
+    np.testing.assert_array_equal(rows, embedding[tokens])
+    (gradient,) = pull(jnp.ones_like(rows))
+    assert gradient.dtype == dtype
+    expected = np.zeros((vocab, 8))
+    expected[3], expected[-1] = 999, 1
+    np.testing.assert_allclose(gradient.astype(jnp.float32), expected, rtol=2e-3)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_narrow_product_has_the_gradient_of_the_wide_one(transposed):
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (3, 5, 16))
+    kernel = jax.random.normal(keys[1], (12, 16) if transposed else (16, 12))
+    pull_from = jax.random.normal(keys[2], (3, 5, 12))
+
+    def gradients(dtype):
+        def total(x, kernel):
+            return (_layers.project(x, kernel, transposed) * pull_from).sum()
+
+        return jax.jit(jax.grad(total, (0, 1)))(x.astype(dtype), kernel.astype(dtype))
+
+    for exact, rounded in zip(gradients(jnp.float32), gradients(jnp.bfloat16), strict=True):
+        assert rounded.dtype == jnp.bfloat16
+        error = jnp.linalg.norm((exact - rounded).ravel()) / jnp.linalg.norm(exact.ravel())
+        assert error < 0.01
 
 
 def test_compile_size_does_not_grow_with_depth(tiny, tokens):

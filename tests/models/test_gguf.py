@@ -1,9 +1,7 @@
 """GGUF files written here from the goldens, and the real one of SmolLM2."""
 
-import importlib.util
 import json
 import os
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -141,22 +139,6 @@ def test_yarn_is_refused(tmp_path):
 
 
 # The real model.
-
-
-@pytest.fixture(scope="module")
-def smollm2(tmp_path_factory):
-    """The folder that scripts/fetch_smollm2.py makes, kept in its cache between runs."""
-    script = Path(__file__).parents[2] / "scripts" / "fetch_smollm2.py"
-    spec = importlib.util.spec_from_file_location("fetch_smollm2", script)
-    fetch = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(fetch)
-    folder = fetch.default_folder()
-    if not (folder / "config.json").exists():
-        try:
-            fetch.fetch(folder)
-        except OSError as error:
-            pytest.skip(f"could not fetch SmolLM2: {error}")
-    return folder
 
 
 @pytest.mark.network

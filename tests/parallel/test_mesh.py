@@ -1,8 +1,3 @@
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import jax
 import pytest
 from jax.sharding import AxisType
@@ -70,16 +65,3 @@ def test_what_does_not_divide_stays_whole():
 def test_rules_that_are_wrong(rules, axes, message):
     with pytest.raises(ValueError, match=message):
         parallel.ShardingRules(**rules).spec(axes, (16, 32), EIGHT)
-
-
-def test_on_eight_devices():
-    """In its own process, where XLA makes eight devices of the CPU."""
-    environment = dict(
-        os.environ,
-        JAX_PLATFORMS="cpu",
-        XLA_FLAGS="--xla_force_host_platform_device_count=8",
-        PYTHONPATH=str(Path(parallel.__file__).parents[2]),
-    )
-    program = Path(__file__).parent / "eight_devices.py"
-    done = subprocess.run([sys.executable, program], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr

@@ -24,31 +24,6 @@ class Letters:
         return "".join(chr(ord("A") + i) for i in ids)
 
 
-class Bag(nnx.Module):
-    """A user's own model with the bare protocol: the mean of the tokens seen, and where they stand."""
-
-    def __init__(self, rngs):
-        self.embedding = nnx.Param(2 * jax.random.normal(rngs.params(), (V, 12)))
-        self.kernel = nnx.Param(jax.random.normal(rngs.params(), (12, V)))
-
-    def init_cache(self, batch, slots):
-        return jnp.zeros((batch, slots, 12)), jnp.zeros((), jnp.int32)
-
-    def __call__(self, tokens, positions=None, cache=None, mask=None):
-        batch, new = tokens.shape
-        values, length = self.init_cache(batch, new) if cache is None else cache
-        if positions is None:
-            positions = jnp.broadcast_to(length + jnp.arange(new), (batch, new))
-        x = self.embedding[...][tokens] * jnp.cos(0.3 * positions)[..., None]
-        values = jax.lax.dynamic_update_slice(values, x, (0, length, 0))
-        seen = jnp.arange(values.shape[1]) <= length + jnp.arange(new)[:, None]
-        seen = jnp.broadcast_to(seen, (batch, *seen.shape))
-        if mask is not None:
-            seen &= mask[:, None]
-        mean = seen.astype(jnp.float32) @ values / seen.sum(-1, keepdims=True)
-        return (mean + x) @ self.kernel[...], (values, length + new)
-
-
 @pytest.fixture(scope="module")
 def model(make_model):
     return make_model()
@@ -390,8 +365,8 @@ def test_changed_parameters_are_used_without_compiling(model, make_model, prompt
     assert not again and (np.asarray(got.completions) != free.completions).any()
 
 
-def test_a_model_with_the_bare_protocol(prompts):
-    model = Bag(nnx.Rngs(0))
+def test_a_model_with_the_bare_protocol(bare_model, prompts):
+    model = bare_model
     got = host(generate(model, prompts, KEY, max_new_tokens=N))
     expected = log_softmax(forward_logits(model, got))
     np.testing.assert_allclose(got.log_probs, chosen(expected, got), atol=1e-5)
@@ -414,7 +389,7 @@ def test_one_new_token(model, prompts, free):
         (dict(prompts=[[1] * 20], prompt_bucket=16), "prompt 0 has 20 tokens, more than its bucket of 16"),
         (dict(prompts=[[1]], max_new_tokens=0), "max_new_tokens must be at least 1, got 0"),
         (dict(prompts=[[1]], stop_strings=["x"]), "stop_strings need a tokenizer"),
-        (dict(prompts=[[1]], stop_strings=[""], tokenizer=Letters()), "stop_strings"),
+        (dict(prompts=[[1]], stop_strings=[""], tokenizer=Letters()), "a stop string is empty"),
         (dict(prompts=[[1]], row_ids=[1, 2]), r"row_ids has shape \(2,\), expected \(1,\)"),
         (dict(prompts=[[1, 2]], prompt_lengths=[1, 2]), "prompts must be one"),
         (dict(prompts=np.ones((2, 4), int), prompt_lengths=[1, 5]), "prompt 1 has 5 tokens"),

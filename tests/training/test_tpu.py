@@ -1,0 +1,87 @@
+"""The programs of a run, compiled ahead of time for a TPU topology; nothing runs."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import opd_jax
+
+_PROGRAM = """
+import jax, jax.numpy as jnp, numpy as np, optax
+from flax import nnx
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+from opd_jax import models, rollout
+from opd_jax.config import Config, OptimizerConfig
+from opd_jax.parallel import batch_sharding, param_shardings
+from opd_jax.rollout import _generate
+from opd_jax.training._objectives import make_objective
+from opd_jax.training._optimizer import make_optimizer
+from opd_jax.training._step import Batch, State, make_score, make_update
+
+devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
+axes = ("data", "fsdp", "tensor")
+mesh = Mesh(np.array(devices).reshape(1, 4, 2), axes, axis_types=(AxisType.Auto,) * 3)
+assert mesh.devices.flat[0].platform == "tpu"
+config = models.DecoderConfig(
+    vocab_size=4096, width=256, layers=3, heads=8, kv_heads=4, head_width=64, ff_width=512,
+    qk_norm=True, architecture="Qwen3ForCausalLM")
+rows, whole = batch_sharding(mesh), NamedSharding(mesh, P())
+give = lambda shape, dtype, sharding: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+def shapes(dtype):
+    graphdef, params = nnx.split(models.abstract(config, dtype, remat=True))
+    place = param_shardings(params, mesh)
+    return graphdef, jax.tree.map(lambda p, s: give(p.shape, p.dtype, s), params, place)
+
+graphdef, params = shapes(jnp.float32)
+teacher_graphdef, teacher = shapes(jnp.bfloat16)
+optimizer = make_optimizer(OptimizerConfig())
+opt_state = jax.tree.map(
+    lambda s: give(s.shape, s.dtype, whole), jax.eval_shape(optimizer.init, params))
+opt_state = optax.tree.map_params(optimizer, lambda _, p: p, opt_state, params)
+B, width, N = 16, 128, 128
+ints = lambda *shape: give(shape, jnp.int32, rows)
+floats = lambda *shape: give(shape, jnp.float32, rows)
+batch = Batch(ints(B, width), ints(B), ints(B, N), give((B, N), jnp.bool_, rows), floats(B, N), floats(B, N))
+key = jax.eval_shape(jax.random.key, 0)
+
+def compiled(name, function, *args, **kwargs):
+    lowered = function.trace(*args, **kwargs).lower(lowering_platforms=("tpu",))
+    memory = lowered.compile().memory_analysis()
+    print(name, memory.temp_size_in_bytes, flush=True)
+
+with jax.set_mesh(mesh):
+    hidden = give((B, N, config.width), jnp.bfloat16, rows)
+    compiled("score", make_score(teacher_graphdef, 2), teacher, batch)
+    update = make_update(
+        graphdef, teacher_graphdef, optimizer, make_objective(Config()),
+        dtype=jnp.bfloat16, micro_batches=2, loss_chunk=512)
+    compiled("update", update, State(params, opt_state), teacher, batch, hidden)
+    row = give((B,), jnp.uint32, rows)
+    stops, static = give((2,), jnp.int32, whole), dict(graphdef=graphdef, sampling=rollout.Sampling(top_p=0.9))
+    sampler = (shapes(jnp.bfloat16)[1], ints(B, width), ints(B), key, row, stops)
+    compiled("prefill", _generate._prefill, *sampler, slots=N, **static)
+    state = jax.eval_shape(lambda *a: _generate._prefill(*a, slots=N, **static), *sampler)
+    state = jax.tree.map(lambda s: give(s.shape, s.dtype, whole), state)
+    compiled("decode", _generate._decode, sampler[0], state, *sampler[1:], N, **static)
+"""
+
+
+@pytest.mark.tpu
+def test_every_program_of_a_run_compiles_for_a_tpu_slice():
+    """In its own process: libtpu takes a lock and reads the environment when it is loaded."""
+    pytest.importorskip("libtpu")
+    root = str(Path(opd_jax.__file__).parents[1])
+    environment = os.environ | dict(
+        PYTHONPATH=os.pathsep.join([root, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]),
+        JAX_PLATFORMS="cpu",
+        TPU_SKIP_MDS_QUERY="1",
+        TPU_WORKER_HOSTNAMES="localhost",
+        ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+    )
+    done = subprocess.run([sys.executable, "-c", _PROGRAM], check=True, env=environment, stdout=subprocess.PIPE)
+    assert done.stdout.decode().split()[::2] == ["score", "update", "prefill", "decode"]
