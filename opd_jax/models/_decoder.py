@@ -11,6 +11,7 @@ from opd_jax.models._attention import Implementation, attend, cache_mask, check_
 from opd_jax.models._config import DecoderConfig
 from opd_jax.models._layers import MLP, Linear, RMSNorm, lookup, project
 from opd_jax.models._rope import apply_rope, rope_frequencies, rope_tables
+from opd_jax.parallel import ROWS, constrain
 
 
 class KVCache(NamedTuple):
@@ -202,9 +203,12 @@ class Decoder(nnx.Module):
         config = self.config
         frequencies = rope_frequencies(config.head_width, config.rope_theta, config.rope_scaling)
         call = _Call(*rope_tables(positions, frequencies), mask, length, causal)
-        x = lookup(self.embedding[...], tokens)
+        embedding = constrain(self.embedding[...], "tensor", None)
+        x = constrain(lookup(embedding, tokens), ROWS)
         x, pair = self._run_layers(x, call, cache and (cache.k, cache.v))
-        return self.norm(x), cache and KVCache(*pair, length + new)
+        if cache is not None:
+            cache = KVCache(*(constrain(c, None, ROWS, None, "tensor") for c in pair), length + new)
+        return self.norm(x), cache
 
     def unembed(self, hidden: Array) -> Array:
         """Logits [..., V] float32 of hidden states [..., D]."""

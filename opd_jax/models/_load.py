@@ -103,11 +103,15 @@ def abstract(
 
 def load_config(path: str | Path) -> DecoderConfig:
     """Reads only the `DecoderConfig` of what `load` would load."""
-    return _open(resolve(path))[0]
+    return _config(resolve(path, weights=False))
 
 
-def resolve(path: str | Path) -> Path:
+def resolve(path: str | Path, *, weights: bool = True) -> Path:
     """The local folder or GGUF file that `path` names, fetched from the hub if it is a hub id.
+
+    Args:
+        path: a folder, a GGUF file, or a hub id.
+        weights: False fetches only the configuration and the tokenizer.
 
     Raises:
         FileNotFoundError: if nothing is there and `path` does not look like a hub id.
@@ -121,8 +125,9 @@ def resolve(path: str | Path) -> Path:
             f"no model at {path}: not a folder, not a .gguf file, and not a hub id (owner/name)"
         )
     hub = require("huggingface_hub")
+    patterns = [name for name in HUB_PATTERNS if weights or "safetensors" not in name]
     try:
-        return Path(hub.snapshot_download(str(path), allow_patterns=list(HUB_PATTERNS)))
+        return Path(hub.snapshot_download(str(path), allow_patterns=patterns))
     except Exception as error:
         raise FileNotFoundError(
             f"no model at {path}: there is no such folder or file here, and as a hub id it could"
@@ -131,18 +136,22 @@ def resolve(path: str | Path) -> Path:
 
 
 def _open(path: Path) -> tuple[DecoderConfig, Reader]:
+    config = _config(path)
+    return config, GGUFReader(path) if path.is_file() else FolderReader(path)
+
+
+def _config(path: Path) -> DecoderConfig:
     if path.is_file():
         if path.suffix != ".gguf":
             raise ValueError(f"{path} is a file, but not a .gguf; give the model's folder")
-        reader = GGUFReader(path)
-        return reader.config, reader
+        return GGUFReader(path).config
     if not (path / "config.json").exists():
         raise ValueError(f"{path} is not a model folder: it has no config.json")
     hf = read_json(path, "config.json")
     if hf.get("quantization_config"):
         method = hf["quantization_config"].get("quant_method")
         raise ValueError(f"{path / 'config.json'}: quantised ({method}) weights are not supported")
-    return DecoderConfig.from_hf(hf, source=path), FolderReader(path)
+    return DecoderConfig.from_hf(hf, source=path)
 
 
 def _stored_dtype(reader: Reader) -> Any:

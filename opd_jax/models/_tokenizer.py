@@ -20,7 +20,7 @@ def load_tokenizer(path: str | Path) -> Any:
     Raises:
         ValueError: if there is no usable tokenizer at `path`.
     """
-    path = resolve(path)
+    path = resolve(path, weights=False)
     if path.is_file():
         return tokenizer_from_gguf(GGUFReader(path))
     # Without any of these, transformers makes a tokenizer that knows no tokens, and says nothing.
@@ -39,7 +39,7 @@ def stop_token_ids(path: str | Path, tokenizer: Any = None) -> tuple[int, ...]:
     These are the `eos_token_id`s of generation_config.json if it names any, else of config.json,
     together with the tokenizer's own.
     """
-    path = resolve(path)
+    path = resolve(path, weights=False)
     found: set[int] = set()
     if path.is_dir() and (path / "generation_config.json").exists():
         eos = read_json(path, "generation_config.json").get("eos_token_id")

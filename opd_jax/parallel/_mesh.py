@@ -1,5 +1,6 @@
 """The device mesh: axes `data`, `fsdp` and `tensor`."""
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -8,6 +9,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 AXES = ("data", "fsdp", "tensor")
+ROWS = ("data", "fsdp")
+"""Mesh axes that rows of a batch are spread over."""
 
 
 def make_mesh(
@@ -55,6 +58,28 @@ def make_mesh(
     return jax.make_mesh(shape, AXES, axis_types, devices=devices)
 
 
+def constrain(x: jax.Array, *spec: str | tuple[str, ...] | None) -> jax.Array:
+    """Lays `x` out as `P(*spec)` on the mesh that `jax.set_mesh` has set; without one, `x` itself.
+
+    Left to itself XLA may spread activations over the width of the weights instead of over rows, and
+    keep whole copies of a cache. A dimension that its mesh axes do not divide is left to XLA, and so is
+    all of `x` on a mesh with other axes, or whose axes are not Auto.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or any(kind != AxisType.Auto for kind in mesh.axis_types):
+        return x
+    fitted = []
+    for size, names in zip(x.shape, spec, strict=False):
+        names = (names,) if isinstance(names, str) else names
+        if names is not None:
+            split = math.prod(mesh.shape.get(name, 0) for name in names)
+            names = names if split and size % split == 0 else P.UNCONSTRAINED
+        fitted.append(names)
+    if not any(isinstance(names, tuple) for names in fitted):
+        return x
+    return jax.lax.with_sharding_constraint(x, P(*fitted))
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows over `data` and `fsdp`, everything else whole."""
-    return NamedSharding(mesh, P(("data", "fsdp")))
+    return NamedSharding(mesh, P(ROWS))

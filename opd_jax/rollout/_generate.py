@@ -1,5 +1,6 @@
 """Completions of a batch of prompts: prefill, decode until every row has ended."""
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -127,20 +128,29 @@ def generate(
     tokens, lengths, rows = _place((tokens, lengths, rows.astype(np.uint32)), params)
     stops = jnp.asarray(sorted(set(stop_token_ids)), jnp.int32)
     static = dict(graphdef=graphdef, sampling=sampling)
-    state = _prefill(params, tokens, lengths, key, rows, stops, slots=max_new_tokens, **static)
     watched = bool(stop_strings) or on_progress is not None
-    done = 1
-    while done < max_new_tokens:
-        if watched:
-            state = _end_at_strings(state, done, stop_strings, tokenizer)
-            if on_progress is not None:
-                on_progress(done)
-        if watched and not np.any(np.asarray(state.finish) < 0):
-            break
-        done = min(done + _SEGMENT, max_new_tokens) if watched else max_new_tokens
-        state = _decode(params, state, tokens, lengths, key, rows, stops, done, **static)
-    state = _end_at_strings(state, done, stop_strings, tokenizer)
-    return _finish(state, tokens, lengths)
+    with _mesh_of(params):
+        state = _prefill(params, tokens, lengths, key, rows, stops, slots=max_new_tokens, **static)
+        done = 1
+        while done < max_new_tokens:
+            if watched:
+                state = _end_at_strings(state, done, stop_strings, tokenizer)
+                if on_progress is not None:
+                    on_progress(done)
+            if watched and not np.any(np.asarray(state.finish) < 0):
+                break
+            done = min(done + _SEGMENT, max_new_tokens) if watched else max_new_tokens
+            state = _decode(params, state, tokens, lengths, key, rows, stops, done, **static)
+        state = _end_at_strings(state, done, stop_strings, tokenizer)
+        return _finish(state, tokens, lengths)
+
+
+def _mesh_of(params: Any):
+    """A context in which the parameters' mesh, if they are on one, lays out activations and cache."""
+    sharding = jax.tree.leaves(params)[0].sharding
+    if isinstance(sharding, NamedSharding):
+        return jax.set_mesh(sharding.mesh)
+    return contextlib.nullcontext()
 
 
 def _pad(prompts, prompt_lengths, prompt_bucket) -> tuple[np.ndarray | jax.Array, np.ndarray]:
