@@ -193,6 +193,16 @@ def _evaluation(config: "Config") -> Iterator[str]:
                 f"evaluation.pass_k holds {k} but evaluation.samples is {evaluation.samples}; "
                 f"pass@{k} needs at least {k} samples"
             )
+    if evaluation.prompts == 0:
+        asked = dict(
+            source=evaluation.source,
+            options=evaluation.options,
+            every=evaluation.every,
+            samples=evaluation.samples > 1,
+            teacher=evaluation.teacher,
+        )
+        for key in (key for key, value in asked.items() if value):
+            yield f"evaluation.{key} is set but evaluation.prompts is 0: nothing would be evaluated"
     if evaluation.teacher and not config.teacher.path:
         yield "evaluation.teacher is true but teacher.path is missing: there is no teacher"
     inherited = evaluation.prompts > 0 and evaluation.source is None and config.data.source

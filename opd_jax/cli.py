@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
+from opd_jax._extras import require
+
 _USAGE = """usage: opd-jax COMMAND ...
 
   train CONFIG [--run_dir DIR] [--dotted.key VALUE ...]
@@ -52,7 +54,8 @@ def _guarded(command: Callable[[list[str]], None], argv: list[str]) -> int:
         print(f"{stopped}. To go on:\n  opd-jax {shlex.join(argv)}", file=sys.stderr)
         return 130
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+        go_on = f". To go on:\n  opd-jax {shlex.join(argv)}" * (argv[0] == "train")
+        print(f"stopped at once{go_on}", file=sys.stderr)
         return 130
     except (ValueError, OSError, ImportError, TrainingError) as error:
         if os.environ.get("OPD_JAX_TRACEBACK"):
@@ -62,17 +65,18 @@ def _guarded(command: Callable[[list[str]], None], argv: list[str]) -> int:
 
 
 def _train(argv: list[str]) -> None:
-    if not argv or argv[0].startswith("-"):
+    help_asked = bool({"-h", "--help"} & set(argv))
+    if help_asked or not argv or argv[0].startswith("-"):
         print(_TRAIN_USAGE, end="")
-        raise SystemExit(0 if argv and argv[0] in ("-h", "--help") else 2)
+        raise SystemExit(0 if help_asked else 2)
     from opd_jax import config, training
 
     settings = config.load(argv[0], argv[1:])
     result = training.train(settings)
-    print(_summary(result, settings.data.source))
+    print(_summary(result, settings.data.chat))
 
 
-def _summary(result, source: str) -> str:
+def _summary(result, chat: str) -> str:
     lines = []
     if result.after:
         before, after = result.before, result.after
@@ -90,22 +94,19 @@ def _summary(result, source: str) -> str:
             )
         )
     lines.append(f"{result.tokens} completion tokens in {result.seconds:.0f} s of training steps")
-    prompt = "534+163=" if source == "arithmetic" else "..."
+    prompt = shlex.quote(result.prompt) if len(result.prompt) < 200 else "..."
+    prompt += " --chat never" * (chat == "never")
     lines.append(f"model: {result.model}")
-    lines.append(f"sample from it: opd-jax generate --model {result.model} --prompt {shlex.quote(prompt)}")
+    lines.append(f"sample from it: opd-jax generate --model {result.model} --prompt {prompt}")
     return "\n".join(lines)
 
 
 def _generate(argv: list[str]) -> None:
-    import tyro
-
-    tyro.cli(generate, args=argv, prog="opd-jax generate", config=(tyro.conf.OmitArgPrefixes,))
+    require("tyro").cli(generate, args=argv, prog="opd-jax generate")
 
 
 def _evaluate(argv: list[str]) -> None:
-    import tyro
-
-    tyro.cli(evaluate, args=argv, prog="opd-jax evaluate", config=(tyro.conf.OmitArgPrefixes,))
+    require("tyro").cli(evaluate, args=argv, prog="opd-jax evaluate")
 
 
 def generate(
@@ -144,6 +145,7 @@ def generate(
     import numpy as np
 
     from opd_jax import models, rollout, tasks
+    from opd_jax.parallel import make_mesh
 
     if samples < 1:
         raise ValueError(f"samples must be at least 1, got {samples}")
@@ -152,7 +154,7 @@ def generate(
     examples = [tasks.Example(prompt=text) for text in prompt]
     rows = [tasks.render(tokenizer, example, chat=chat) for example in examples for _ in range(samples)]
     result = rollout.generate(
-        models.load(model, dtype=dtype),
+        models.load(model, dtype=dtype, mesh=make_mesh()),
         rows,
         jax.random.key(seed),
         max_new_tokens=max_new_tokens,
@@ -212,12 +214,12 @@ def evaluate(
         out: a JSONL file for the completions.
     """
     import jax
-    import yaml
 
     from opd_jax import models, rollout, tasks
+    from opd_jax.parallel import make_mesh
     from opd_jax.training._logging import Display
 
-    settings = yaml.safe_load(options)
+    settings = require("yaml").safe_load(options)
     if not isinstance(settings, dict):
         raise ValueError(f"options must be a mapping such as '{{seed: 3}}', got {options!r}")
     task = tasks.load(source, options=settings, verifier=verifier)
@@ -233,7 +235,7 @@ def evaluate(
     )
     with Display(0) as display:
         display.status(f"loading {model}")
-        decoder = models.load(model, dtype=dtype)
+        decoder = models.load(model, dtype=dtype, mesh=make_mesh())
         report = display.task("evaluating", len(held_out) * samples)
         result = tasks.evaluate(
             decoder,

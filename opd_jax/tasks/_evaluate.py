@@ -1,5 +1,6 @@
 """Sampled accuracy on held-out prompts, with standard errors."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -107,7 +108,7 @@ def evaluate(
         stop_strings: see `rollout.generate`.
         pass_k: the k of pass@k, each at most `samples`.
         context: show the model what the teacher sees (`context_template` of the prompts).
-        on_progress: called after each batch with (completions done, completions, mean reward).
+        on_progress: called now and then with (completions done, completions, mean reward so far).
 
     Returns:
         An `Evaluation`.
@@ -133,6 +134,7 @@ def evaluate(
         tokens, lengths = batch.tokens, batch.lengths
         if context:
             tokens, lengths = batch.context_tokens, batch.context_lengths
+        so_far = (first, total, float(rewards[:first].mean()) if first else math.nan)
         result = rollout.generate(
             model,
             tokens,
@@ -144,6 +146,7 @@ def evaluate(
             stop_strings=stop_strings,
             tokenizer=tokenizer,
             row_ids=batch.ids * samples + jobs % samples,
+            on_progress=None if on_progress is None else functools.partial(_tell, on_progress, so_far),
         )
         real = min(batch_size, total - first)
         records += _verify(prompts, batch.examples[:real], tokens, lengths, result)
@@ -151,6 +154,10 @@ def evaluate(
         if on_progress is not None:
             on_progress(len(records), total, float(rewards[: len(records)].mean()))
     return _summary(rewards.reshape(-1, samples), records, pass_k)
+
+
+def _tell(on_progress: Callable[..., None], so_far: tuple, _tokens: int) -> None:
+    on_progress(*so_far)
 
 
 def _check(prompts: Prompts, samples, batch_size, pass_k, context) -> None:

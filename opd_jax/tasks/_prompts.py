@@ -43,7 +43,8 @@ class _Rows:
     def __init__(self, rows: Sequence[Sequence[int]], pad: int):
         self._rows = [np.asarray(row, np.int32) for row in rows]
         self._pad = pad
-        self.bucket = bucket(max(map(len, rows)))
+        self.longest = max(map(len, rows))
+        self.bucket = bucket(self.longest)
 
     def take(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Rows as [B, bucket] int32, and their lengths [B] int32."""
@@ -81,6 +82,7 @@ class Prompts:
         task, tokenizer, batch_size: as given.
         bucket: P, the power of two that holds the longest prompt.
         context_bucket, completion_bucket: likewise, or None.
+        longest, context_longest: tokens of the longest prompt (and the longest teacher's prompt, or None).
         kept: [n] int64, indices of the usable examples; n is also `len(prompts)`.
         dropped: how many examples were too long.
 
@@ -118,7 +120,8 @@ class Prompts:
         self._prompts = _Rows(columns["prompt"], pad)
         self._contexts = _Rows(columns["context"], pad) if context_template is not None else None
         self._completions = _Rows(columns["completion"], pad) if max_completion_length is not None else None
-        self.bucket = self._prompts.bucket
+        self.bucket, self.longest = self._prompts.bucket, self._prompts.longest
+        self.context_longest = self._contexts and self._contexts.longest
         self.context_bucket = self._contexts and self._contexts.bucket
         self.completion_bucket = self._completions and self._completions.bucket
         self._order = self._pipeline(seed, shuffle)

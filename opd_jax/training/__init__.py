@@ -1,5 +1,19 @@
 """The train steps, and the loop around them."""
 
-from opd_jax.training._loop import Interrupted, Result, TrainingError, train
+from opd_jax.training._errors import Interrupted, TrainingError
+from opd_jax.training._loop import Result, train
+from opd_jax.training._objectives import Objective, Tokens
+from opd_jax.training._step import Batch, State, make_score, make_update
 
-__all__ = ["Interrupted", "Result", "TrainingError", "train"]
+__all__ = [
+    "Batch",
+    "Interrupted",
+    "Objective",
+    "Result",
+    "State",
+    "Tokens",
+    "TrainingError",
+    "make_score",
+    "make_update",
+    "train",
+]

@@ -84,4 +84,7 @@ def _rewards(setup: Setup, prompts: tasks.PromptBatch, completions, mask) -> np.
     task, n = setup.prompts.task, setup.config.samples_per_prompt
     texts = tasks.decode(setup.tokenizer, [c[m] for c, m in zip(completions, mask, strict=True)])
     rewards = [task.verify(text, prompts.examples[i // n]) for i, text in enumerate(texts)]
+    for text, reward in zip(texts, rewards, strict=True):
+        if not np.isfinite(reward):
+            raise ValueError(f"the verifier of {task.name!r} gave the reward {reward} to {text!r:.80}")
     return np.asarray(rewards, np.float32)

@@ -16,12 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from opd_jax._extras import require
+from opd_jax.training._errors import CheckpointError
 
 _log = logging.getLogger(__name__)
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint could not be written, or none could be read."""
 
 
 @jax.jit
@@ -63,8 +60,8 @@ class Checkpoints:
 
     @property
     def steps(self) -> list[int]:
-        """Steps that can be restored, in order."""
-        return sorted(self._manager.all_steps())
+        """Steps that are on disk whole, in order; orbax's own list counts those being written."""
+        return sorted(int(path.name) for path in self._folder.iterdir() if path.name.isdigit())
 
     def save(self, step: int, state: Any, record: dict[str, Any]) -> None:
         """Starts writing `state` (a pytree of arrays) and `record` (JSON); returns before it is on disk.
@@ -78,15 +75,15 @@ class Checkpoints:
         free = shutil.disk_usage(self._folder).free
         if free < need:
             raise CheckpointError(
-                f"no room for the checkpoint of step {step} in {self._folder}: it takes {need / 1e9:.2f} GB, "
-                f"{free / 1e9:.2f} GB are free"
+                f"no room for the checkpoint of step {step} in {self._folder}: it takes {need / 1e6:.1f} MB, "
+                f"{free / 1e6:.1f} MB are free"
             )
         sums = {name: int(value) for name, value in checksums(arrays).items()}
         body = json.dumps(
             {"record": record, "arrays": {name: [_kind(a), sums[name]] for name, a in arrays.items()}}
         )
+        self.check()
         try:
-            self._manager.check_for_errors()
             self._manager.save(
                 step,
                 args=self._ocp.args.Composite(
@@ -95,7 +92,14 @@ class Checkpoints:
                 ),
             )
         except Exception as error:  # orbax and tensorstore raise many kinds
-            raise CheckpointError(_short(f"the checkpoint of step {step} failed", error)) from error
+            raise self._failed(error) from error
+
+    def check(self) -> None:
+        """Raises CheckpointError if writing in the background has failed since the last call."""
+        try:
+            self._manager.check_for_errors()
+        except Exception as error:
+            raise self._failed(error) from error
 
     def wait(self) -> None:
         """Returns when everything is on disk.
@@ -105,15 +109,21 @@ class Checkpoints:
         """
         try:
             self._manager.wait_until_finished()
-            self._manager.check_for_errors()
         except Exception as error:
-            raise CheckpointError(_short("writing a checkpoint failed", error)) from error
+            raise self._failed(error) from error
+        self.check()
+
+    def _failed(self, error: Exception) -> CheckpointError:
+        """Clears away what a failed write left, which may be what fills the disk."""
+        for part in self._folder.glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(part, ignore_errors=True)
+        return CheckpointError(_short(f"writing a checkpoint to {self._folder} failed", error))
 
     def restore(self, like: Any) -> tuple[int, Any, dict[str, Any]] | None:
         """The newest checkpoint that is intact: (step, state, record); None if there is none at all.
 
         Args:
-            like: a pytree of arrays or ShapeDtypeStructs with the structure, dtypes and shardings wanted.
+            like: a pytree of ShapeDtypeStructs (or arrays) with the structure, dtypes and shardings wanted.
 
         Raises:
             CheckpointError: if there are checkpoints and every one of them is damaged.
@@ -137,9 +147,10 @@ class Checkpoints:
         return None
 
     def _restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
-        wanted = jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), _flatten(like)
-        )
+        wanted = {  # in the tree's order; jax.tree.map over the dict would sort it
+            name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding)
+            for name, a in _flatten(like).items()
+        }
         args = self._ocp.args
         saved = self._manager.restore(step, args=args.Composite(record=args.JsonRestore())).record
         if zlib.crc32(saved["body"].encode()) != saved["crc32"]:
@@ -159,7 +170,11 @@ class Checkpoints:
         (self._folder / str(step)).rename(self._folder / free)
 
     def close(self) -> None:
-        self._manager.close()
+        """Ends writing in the background; what failed there has been told by `wait`."""
+        try:
+            self._manager.close()
+        except Exception as error:
+            _log.debug("closing the checkpoints: %s", error)
 
 
 def _flatten(tree: Any) -> dict[str, Any]:

@@ -23,6 +23,18 @@ SHOWN = (
 )
 
 
+def require_loggers(config: Config) -> tuple[Any, Any]:
+    """The modules of the loggers that are on (else None): TensorBoard's and Weights & Biases'.
+
+    Raises:
+        ImportError: one is on but not installed; says which extra brings it.
+    """
+    return (
+        require("tensorboardX", "tensorboard") if config.logging.tensorboard else None,
+        require("wandb", "wandb") if config.logging.wandb else None,
+    )
+
+
 class Loggers:
     """Writes metrics to the run folder, and to TensorBoard and Weights & Biases if asked for.
 
@@ -42,9 +54,7 @@ class Loggers:
 
     def __init__(self, run_folder: RunFolder, config: Config, start: int = 0):
         self._run_folder, self._tensorboard, self._wandb = run_folder, None, None
-        # Import both before either opens anything: a missing one must leave no traces.
-        tensorboard = require("tensorboardX", "tensorboard") if config.logging.tensorboard else None
-        wandb = require("wandb", "wandb") if config.logging.wandb else None
+        tensorboard, wandb = require_loggers(config)
         if run_folder.resumed:
             run_folder.truncate(start)
         if tensorboard:

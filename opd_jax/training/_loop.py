@@ -1,6 +1,7 @@
 """The loop: the only place with state, files and clocks."""
 
 import dataclasses
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -16,21 +17,14 @@ from opd_jax import models, tasks
 from opd_jax.config import Config
 from opd_jax.rollout import Sampling
 from opd_jax.training._batches import make_batch
-from opd_jax.training._checkpoint import CheckpointError, Checkpoints
-from opd_jax.training._logging import Display, Loggers
+from opd_jax.training._checkpoint import Checkpoints
+from opd_jax.training._errors import CheckpointError, Interrupted, TrainingError
+from opd_jax.training._logging import Display, Loggers, require_loggers
 from opd_jax.training._run import RunFolder
 from opd_jax.training._setup import Setup, prepare
 from opd_jax.training._step import Batch, State
 
 _ROLLOUT, _EVALUATION = 0, 1  # one key per purpose
-
-
-class Interrupted(Exception):
-    """The run was asked to stop, and everything is saved."""
-
-
-class TrainingError(RuntimeError):
-    """The run cannot go on; what was trained is saved."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +38,7 @@ class Result:
         teacher: the same of the teacher, if `evaluation.teacher`.
         seconds: spent in steps, over all starts of the run.
         tokens: completion tokens trained on.
+        prompt: a prompt of the training data.
     """
 
     model: Path
@@ -52,6 +47,7 @@ class Result:
     teacher: dict[str, float]
     seconds: float
     tokens: int
+    prompt: str
 
 
 def train(config: Config) -> Result:
@@ -66,28 +62,43 @@ def train(config: Config) -> Result:
     Raises:
         ValueError: if the config, the data or the models do not fit together.
         Interrupted: after Ctrl-C or SIGTERM; the same call goes on where it stopped.
-        TrainingError: if too many steps in a row were not finite, or the last checkpoint failed.
+        TrainingError: if too many steps in a row were not finite, the last checkpoint could not be
+            written or none could be read, or another process is using the folder.
     """
     config.validate()
     with RunFolder(config.run_dir, config) as folder, Display(config.steps) as display:
         for notice in folder.notices:
             display.print(notice)
-        setup, state = prepare(config, display)
+        require_loggers(config)
         checkpoints = Checkpoints(folder.checkpoints, config.checkpoint.keep)
         try:
-            with jax.set_mesh(setup.mesh):  # kernels that XLA cannot partition look it up
-                return _Run(setup, state, folder, checkpoints, display).run()
+            if folder.model.exists() and not checkpoints.steps:
+                raise ValueError(
+                    f"{folder.path} holds a finished run whose checkpoints are gone: there is nothing to "
+                    "go on from; name another run_dir"
+                )
+            setup, state = prepare(config, display)
+            step, record = 0, {}
+            if checkpoints.steps:
+                like = jax.tree.map(
+                    lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state
+                )
+                del state  # there is not always room for two
+                step, state, record = checkpoints.restore(like)
+                display.print(f"resuming {folder.path} at step {step}")
+            run = _Run(setup, state, step, _Record(**record), folder, checkpoints, display)
+            del state
+            with jax.set_mesh(setup.mesh):  # activations, caches and kernels are laid out on it
+                return run.run()
         finally:
             checkpoints.close()
 
 
 @dataclasses.dataclass
 class _Record:
-    """What a checkpoint holds besides arrays."""
+    """What a checkpoint holds besides arrays and its step."""
 
-    step: int = 0
     evaluated: int = -1
-    bad_steps: int = 0
     seconds: float = 0.0
     tokens: int = 0
     before: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -99,72 +110,89 @@ class _Run:
     """A run in progress: its state, and where it is written down."""
 
     def __init__(
-        self, setup: Setup, state: State, folder: RunFolder, checkpoints: Checkpoints, display: Display
+        self,
+        setup: Setup,
+        state: State,
+        step: int,
+        record: _Record,
+        folder: RunFolder,
+        checkpoints: Checkpoints,
+        display: Display,
     ):
-        self.setup, self.config = setup, setup.config
-        self.state, self.record = state, _Record()
+        self.setup, self.config, self.record = setup, setup.config, record
         self.folder, self.checkpoints, self.display = folder, checkpoints, display
-        self.saved = 0  # step of the newest checkpoint
+        # One assignment changes both: an interrupt must not come between a state and its number.
+        self._now = (state, step)
+        self.saved = step  # step of the newest checkpoint
+        self.bad_steps = 0
         self.stop = False
-        restored = checkpoints.restore(state)
-        if restored is not None:
-            self.saved, self.state, record = restored
-            self.record = _Record(**record)
-            display.print(f"resuming {folder.path} at step {self.saved}")
-        self.loggers = Loggers(folder, self.config, start=self.record.step)
+        self.loggers = Loggers(folder, self.config, start=step)
+
+    @property
+    def state(self) -> State:
+        return self._now[0]
+
+    @property
+    def step(self) -> int:
+        return self._now[1]
 
     def run(self) -> Result:
-        try:
-            with _on_signal(self._ask_to_stop):
-                self._loop()
-        except Interrupted:
-            self._save_at_end()
-            raise Interrupted(
-                f"stopped after step {self.record.step} of {self.config.steps}; everything is saved"
-            ) from None
-        except BaseException:
-            # A step that failed half-way has given its buffers away; any other leaves a good state.
-            if not any(leaf.is_deleted() for leaf in jax.tree.leaves(self.state)):
-                self._save_at_end()
-            raise
-        finally:
-            self.loggers.close()
-        self._save_at_end()
         record = self.record
-        return Result(
-            self._export(), record.before, record.after, record.teacher, record.seconds, record.tokens
-        )
+        with _on_signal(self._ask_to_stop):
+            try:
+                self._loop()
+                self._save_at_end()
+                return Result(
+                    self._export(),
+                    record.before,
+                    record.after,
+                    record.teacher,
+                    record.seconds,
+                    record.tokens,
+                    self.setup.prompts.task[0].text,
+                )
+            except Interrupted:
+                self._save_at_end()
+                raise Interrupted(
+                    f"stopped after step {self.step} of {self.config.steps}; everything is saved"
+                ) from None
+            except BaseException:
+                self._rescue()
+                raise
+            finally:
+                self.loggers.close()
 
     def _loop(self) -> None:
-        record, config = self.record, self.config
-        retry = False
+        config, retry = self.config, False
+        self.display.status("compiling")
         while True:
             if self._evaluation_due():
                 self._evaluate()
-            due = record.step % config.checkpoint.every == 0 or retry
-            if due and record.step > self.saved:
+            retry |= self._write_failed()
+            if self.step > self.saved and (retry or self.step % config.checkpoint.every == 0):
                 retry = not self._save()
             self._check_stop()
-            if record.step >= config.steps:
+            if self.step >= config.steps:
                 return
             start = time.perf_counter()
-            metrics = self._step(record.step)
-            record.seconds += time.perf_counter() - start
-            record.step += 1
-            if record.step % config.logging.every == 0 or record.step == config.steps:
-                self.loggers.write(record.step, metrics)
-            self.display.step(record.step, metrics)
-            record.bad_steps = 0 if metrics["finite"] else record.bad_steps + 1
-            if record.bad_steps >= config.max_bad_steps:
+            metrics = self._one_step()
+            self.record.seconds += time.perf_counter() - start
+            if self.step % config.logging.every == 0 or self.step == config.steps:
+                self._write(self.loggers.write, self.step, metrics)
+            self.display.step(self.step, metrics)
+            self.bad_steps = 0 if metrics["finite"] else self.bad_steps + 1
+            if self.bad_steps >= config.max_bad_steps:
                 raise TrainingError(
-                    f"the loss or the gradient was not finite in the last {record.bad_steps} steps (up to "
-                    f"step {record.step}); those steps changed nothing, and their batches are in "
-                    f"{self.folder.path}/bad_batch_*.npz. A smaller optimizer.learning_rate may help"
+                    f"the loss or the gradient was not finite in the last {self.bad_steps} steps (up to step "
+                    f"{self.step}); those steps changed nothing, and their batches are in "
+                    f"{self.folder.path}/bad_batch_*.npz. The model as it was before them is in "
+                    f"{self._export()}: a new run with it as student.path and a smaller "
+                    "optimizer.learning_rate goes on from there"
                 )
 
-    def _step(self, step: int) -> dict[str, float]:
-        """Samples, scores and updates on the batch of `step`."""
-        clock = _Clock()
+    def _one_step(self) -> dict[str, float]:
+        """Samples, scores and updates on the next batch."""
+        clock, step = _Clock(), self.step
         key = self._key(_ROLLOUT, step)
         batch, metrics = make_batch(self.setup, self.state.params, step, key, lambda _: self._check_stop())
         clock.lap("rollout", batch)
@@ -173,30 +201,40 @@ class _Run:
             teacher_params = nnx.state(self.setup.teacher)
             hidden = self.setup.score(teacher_params, batch)
             clock.lap("scoring", hidden)
-        self.state, measured = self.setup.update(self.state, teacher_params, batch, hidden)
+        state, measured = self.setup.update(self.state, teacher_params, batch, hidden)
+        self._now = (state, step + 1)
+        clock.lap("update", state)
         metrics |= {name: float(value) for name, value in measured.items()}
-        clock.lap("update", self.state)
         self.record.tokens += metrics["tokens"]
         if not metrics["finite"]:
-            self._keep_bad_batch(step + 1, batch)
+            self._write(self._keep_bad_batch, batch)
         return metrics | clock.metrics(metrics["tokens"])
 
-    def _keep_bad_batch(self, step: int, batch: Batch) -> None:
-        path = self.folder.path / f"bad_batch_{step}.npz"
+    def _keep_bad_batch(self, batch: Batch) -> None:
+        path = self.folder.path / f"bad_batch_{self.step}.npz"
+        self.display.print(
+            f"step {self.step}: the loss or its gradient is not finite; skipped, batch in {path}"
+        )
         np.savez(path, **{k: np.asarray(v) for k, v in batch._asdict().items() if v is not None})
-        self.display.print(f"step {step}: the loss or its gradient is not finite; skipped, batch in {path}")
+
+    def _write(self, write: Callable[..., None], *args: Any) -> None:
+        """Calls `write`; a full disk costs lines of a log, not the run."""
+        try:
+            write(*args)
+        except OSError as error:
+            self.display.print(f"WARNING: step {self.step} could not be written down: {error}")
 
     def _key(self, purpose: int, step: int) -> jax.Array:
         return jax.random.fold_in(jax.random.fold_in(self.setup.key, purpose), step)
 
     def _evaluation_due(self) -> bool:
-        step, every = self.record.step, self.config.evaluation.every
+        step, every = self.step, self.config.evaluation.every
         if self.setup.held_out is None or self.record.evaluated == step:
             return False
         return step in (0, self.config.steps) or bool(every and step % every == 0)
 
     def _evaluate(self) -> None:
-        record, step = self.record, self.record.step
+        record, step = self.record, self.step
         if step == 0 and self.config.evaluation.teacher and not record.teacher:
             record.teacher, _ = self._accuracy(self.setup.teacher, "evaluating the teacher")
             self._announce("teacher", record.teacher)
@@ -205,15 +243,15 @@ class _Run:
         record.before, record.after = record.before or metrics, metrics
         record.evaluated = step
         self.display.keep({"accuracy": metrics["accuracy"]})
-        self.loggers.write(step, metrics)
+        self._write(self.loggers.write, step, metrics)
         samples = samples[: self.config.logging.samples]
-        self.folder.write_samples(step, samples)
+        self._write(self.folder.write_samples, step, samples)
         for sample in samples:
             self.display.sample(**sample)
 
     def _announce(self, who: str, metrics: dict[str, float]) -> None:
         self.display.print(
-            f"step {self.record.step}: {who}: accuracy {metrics['accuracy']:.3f} "
+            f"step {self.step}: {who}: accuracy {metrics['accuracy']:.3f} "
             f"+- {metrics['accuracy_error']:.3f} on {len(self.setup.held_out)} held-out prompts"
         )
 
@@ -234,6 +272,7 @@ class _Run:
             sampling=Sampling(temperature=config.temperature),
             stop_token_ids=self.setup.stops,
             pass_k=config.pass_k,
+            context=prompts.context_bucket is not None and model is self.setup.teacher,
             on_progress=progress,
         )
         metrics = {"accuracy": result.accuracy, "accuracy_error": result.standard_error}
@@ -246,29 +285,55 @@ class _Run:
         ]
         return metrics, samples
 
-    def _save(self) -> bool:
-        """Saves a checkpoint; on failure says so, and training goes on to try again after the next step."""
+    def _write_failed(self) -> bool:
+        """Whether a checkpoint that was being written has failed; says so."""
         try:
-            self.checkpoints.save(self.record.step, self.state, dataclasses.asdict(self.record))
+            self.checkpoints.check()
+        except CheckpointError as error:
+            self.saved = max(self.checkpoints.steps, default=0)
+            self.display.print(f"WARNING: {error}; trying again with the next step")
+            return True
+        return False
+
+    def _save(self) -> bool:
+        """Starts writing a checkpoint; on failure says so, and training goes on to try again."""
+        try:
+            self.checkpoints.save(self.step, self.state, dataclasses.asdict(self.record))
         except CheckpointError as error:
             self.display.print(f"WARNING: {error}; trying again after the next step")
             return False
-        self.saved = self.record.step
+        self.saved = self.step
         return True
 
     def _save_at_end(self) -> None:
         """Saves what is not saved yet and waits for the disk."""
         try:
-            if self.record.step > self.saved or not self.checkpoints.steps:
+            if self._write_failed() or self.step > self.saved or not self.checkpoints.steps:
                 self.display.status("saving a checkpoint")
-                self.checkpoints.save(self.record.step, self.state, dataclasses.asdict(self.record))
-                self.saved = self.record.step
+                self.checkpoints.wait()  # for one that may be on its way
+                if self.step not in self.checkpoints.steps:
+                    self.checkpoints.save(self.step, self.state, dataclasses.asdict(self.record))
             self.checkpoints.wait()
+            self.saved = self.step
         except CheckpointError as error:
+            steps = self.checkpoints.steps
             raise TrainingError(
-                f"{error}. The newest checkpoint is that of step {max(self.checkpoints.steps, default=0)}; "
-                "make room and run the same command again to go on from there"
+                f"{error}. "
+                + (
+                    f"The newest checkpoint is that of step {steps[-1]}"
+                    if steps
+                    else "There is no checkpoint"
+                )
+                + "; make room and run the same command again to go on from there"
             ) from error
+
+    def _rescue(self) -> None:
+        """After anything unforeseen: saves the last good state, unless a failed step has given it away."""
+        try:
+            if not any(leaf.is_deleted() for leaf in jax.tree.leaves(self.state)):
+                self._save_at_end()
+        except Exception as error:  # what went wrong first is what the user must see
+            self.display.print(f"WARNING: {error}")
 
     def _export(self) -> Path:
         self.display.status(f"writing {self.folder.model}")
@@ -277,7 +342,8 @@ class _Run:
 
     def _ask_to_stop(self) -> None:
         self.stop = True
-        self.display.print("stopping after this step; again to stop at once")
+        # Not through the display: the signal may have come in the middle of its own writing.
+        os.write(2, b"\nstopping; once more to stop at once\n")
 
     def _check_stop(self) -> None:
         if self.stop:

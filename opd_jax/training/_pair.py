@@ -31,10 +31,11 @@ def check_pair(student: Any, teacher: Any, *, stops: tuple, teacher_stops: tuple
             "distillation token by token needs two models of one tokenizer"
         )
     elif set(stops) != set(teacher_stops):
-        names = [sorted(student.convert_ids_to_tokens(list(s))) for s in (stops, teacher_stops)]
+        names = [sorted(map(str, student.convert_ids_to_tokens(list(s)))) for s in (stops, teacher_stops)]
         problems.append(
             f"the student ends with {names[0]} and the teacher with {names[1]}: the student would learn "
-            "never to stop; make eos_token_id equal in both folders' generation_config.json"
+            "never to stop; in local copies of the two folders, make the tokenizer's eos_token and "
+            "generation_config.json's eos_token_id equal"
         )
     if chat and student.chat_template != teacher.chat_template:
         which = [

@@ -22,6 +22,7 @@ from typing import Any
 
 from opd_jax import config as _config
 from opd_jax._config_io import flatten, parse
+from opd_jax.training._errors import TrainingError
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
 
@@ -60,7 +61,7 @@ class RunFolder:
 
     Raises:
         ValueError: the folder holds something else, or a run with another config.
-        RuntimeError: another process is using it.
+        TrainingError: another process is using it.
     """
 
     def __init__(self, path: str | Path, config: "_config.Config"):
@@ -274,7 +275,7 @@ def _lock(folder: Path) -> int:
     except OSError:
         owner = os.read(handle, 200).decode(errors="replace").strip() or "another process"
         os.close(handle)
-        raise RuntimeError(f"{folder} is in use by {owner}; wait for it or name another run_dir") from None
+        raise TrainingError(f"{folder} is in use by {owner}; wait for it or name another run_dir") from None
     os.ftruncate(handle, 0)
     os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
     return handle

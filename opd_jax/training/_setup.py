@@ -55,7 +55,9 @@ def prepare(config: Config, display: Display) -> tuple[Setup, State]:
         ValueError: with what is wrong, before any weight is loaded where it can be known by then.
     """
     mesh = make_mesh(**dataclasses.asdict(config.mesh))
-    _check_rows(config, mesh)
+    _check_rows("batch_size / micro_batches", config.batch_size // config.micro_batches, mesh)
+    if config.evaluation.prompts:
+        _check_rows("evaluation.batch_size", config.evaluation.batch_size, mesh)
     display.status("reading tokenizers and data")
     tokenizer = models.load_tokenizer(config.student.path)
     stops = models.stop_token_ids(config.student.path, tokenizer)
@@ -69,6 +71,7 @@ def prepare(config: Config, display: Display) -> tuple[Setup, State]:
             chat=config.data.chat == "auto",
         )
     prompts, held_out = _data(config, tokenizer, display)
+    _check_lengths(config, prompts, held_out)
     display.status(f"loading the student {config.student.path}")
     student = models.load(
         config.student.path,
@@ -145,7 +148,13 @@ def _data(config: Config, tokenizer: Any, display: Display) -> tuple[tasks.Promp
     source, options = config.evaluation_data
     task = tasks.load(source, options=options, verifier=data.verifier)
     held_out = tasks.Prompts(
-        task, tokenizer, batch_size=evaluation.batch_size, shuffle=False, limit=evaluation.prompts, **shared
+        task,
+        tokenizer,
+        batch_size=evaluation.batch_size,
+        context_template=config.teacher.context if evaluation.teacher else None,
+        shuffle=False,
+        limit=evaluation.prompts,
+        **shared,
     )
     _report(display, held_out, min(len(task), evaluation.prompts), "held-out")
     return prompts, held_out
@@ -159,12 +168,28 @@ def _report(display: Display, prompts: tasks.Prompts, total: int, kind: str) -> 
         )
 
 
-def _check_rows(config: Config, mesh: Mesh) -> None:
-    """Raises ValueError if the rows of a micro-batch cannot be spread over the mesh."""
-    rows, shards = config.batch_size // config.micro_batches, mesh.shape["data"] * mesh.shape["fsdp"]
-    if rows % shards:
+def _check_rows(key: str, rows: int, mesh: Mesh) -> None:
+    """Raises ValueError if that many rows cannot be spread over the mesh."""
+    data, fsdp = mesh.shape["data"], mesh.shape["fsdp"]
+    if rows % (data * fsdp):
         raise ValueError(
-            f"batch_size {config.batch_size} in {config.micro_batches} micro_batches makes {rows} rows, "
-            f"which do not spread evenly over mesh.data x mesh.fsdp = {mesh.shape['data']} x "
-            f"{mesh.shape['fsdp']} = {shards} devices; make batch_size / micro_batches a multiple of {shards}"
+            f"{key} is {rows}: so many rows do not spread evenly over mesh.data x mesh.fsdp = {data} x "
+            f"{fsdp} = {data * fsdp} devices; make it a multiple of {data * fsdp}"
         )
+
+
+def _check_lengths(config: Config, prompts: tasks.Prompts, held_out: tasks.Prompts | None) -> None:
+    """Raises ValueError if a prompt and its completion can be longer than a model's context."""
+    longest = max(p.longest for p in (prompts, held_out) if p is not None)
+    wanted = [("student", config.student.path, "data.max_prompt_length", longest)]
+    if config.teacher.path:
+        context = prompts.context_longest or longest
+        wanted.append(("teacher", config.teacher.path, "teacher.context", context))
+    for name, path, key, prompt in wanted:
+        limit = models.load_config(path).max_length
+        if prompt + config.max_new_tokens > limit:
+            raise ValueError(
+                f"the longest prompt has {prompt} tokens and max_new_tokens is {config.max_new_tokens}, "
+                f"together more than the {limit} positions of the {name} {path}; "
+                f"reduce max_new_tokens or {key}"
+            )

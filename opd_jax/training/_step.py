@@ -56,7 +56,10 @@ def completion_states(
 ) -> jax.Array:
     """Hidden states that predict the completion's tokens, [B, N, D] (logits if the model has no others)."""
     slots, count = prompts.shape[1], completions.shape[1]
-    place = jnp.arange(slots + count)[None]
+    width = slots + count
+    if jax.default_backend() == "tpu":  # whole blocks of the attention kernel
+        width = -(-width // 128) * 128
+    place = jnp.arange(width)[None]
     lengths = lengths[:, None]
     prompt = jnp.take_along_axis(prompts, jnp.minimum(place, slots - 1), axis=1)
     completion = jnp.take_along_axis(completions, jnp.clip(place - lengths, 0, count - 1), axis=1)
@@ -174,15 +177,17 @@ def make_update(
 def _tokens(student, hidden, teacher, teacher_hidden, batch: Batch) -> Tokens:
     """The distributions at a chunk's tokens, over the vocabulary that both models share."""
     logits = unembed(student, hidden)
-    teacher_log_probs = None
+    ids, mask, teacher_log_probs = batch.completions, batch.mask, None
     if teacher is not None:
         teacher_logits = jax.lax.stop_gradient(unembed(teacher, teacher_hidden))
         shared = min(logits.shape[-1], teacher_logits.shape[-1])  # they may be padded differently
         logits = logits[..., :shared]
+        mask &= ids < shared  # no tokenizer has these ids, but a sampler may have drawn one
+        ids = jnp.minimum(ids, shared - 1)
         teacher_log_probs = jax.nn.log_softmax(teacher_logits[..., :shared])
     return Tokens(
-        ids=batch.completions,
-        mask=batch.mask,
+        ids=ids,
+        mask=mask,
         student=jax.nn.log_softmax(logits),
         teacher=teacher_log_probs,
         rollout_log_probs=batch.rollout_log_probs,

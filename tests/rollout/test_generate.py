@@ -12,6 +12,8 @@ from opd_jax.parallel import make_mesh, param_shardings
 from opd_jax.rollout import Rollout, Sampling, _generate, bucket, generate
 from opd_jax.training._step import completion_states
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 V, B, N = 32, 8, 40
 NEVER = (-1,)  # a stop token that no model emits; one stop id everywhere means one compiled program
 KEY = jax.random.key(11)

@@ -1,6 +1,5 @@
 """Draws against the exact law, computed by sorting in float64."""
 
-import doctest
 import functools
 
 import jax
@@ -9,7 +8,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from opd_jax.rollout import Sampling, _generate, _sampling, sample
+from opd_jax.rollout import Sampling, _sampling, sample
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 LAWS = {
     "plain": Sampling(),
@@ -251,8 +252,3 @@ def test_broken_logits_give_a_token_of_the_vocabulary():
 def test_wrong_settings(bad, message):
     with pytest.raises(ValueError, match=message):
         Sampling(**bad)
-
-
-@pytest.mark.parametrize("module", [_sampling, _generate])
-def test_examples(module):
-    assert not doctest.testmod(module).failed

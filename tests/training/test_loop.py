@@ -1,5 +1,6 @@
 """The loop end to end on a model of a few thousand parameters."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -175,21 +176,34 @@ def test_a_resumed_run_is_bitwise_the_run_that_never_stopped(make):
 
 
 def test_ctrl_c_saves_and_the_same_call_goes_on(make, monkeypatch):
-    step = _loop._Run._step
+    step = _loop._Run._one_step
 
-    def interrupted(run, number):
-        if number == 2 and run.saved == 0:
+    def interrupted(run):
+        if run.step == 2 and run.saved == 0:
             signal.raise_signal(signal.SIGINT)
-        return step(run, number)
+        return step(run)
 
     whole = training.train(make("whole"))
-    monkeypatch.setattr(_loop._Run, "_step", interrupted)
+    monkeypatch.setattr(_loop._Run, "_one_step", interrupted)
     with pytest.raises(training.Interrupted, match="stopped after step 2 of 4"):
         training.train(make("parts"))
     assert not (Path(make("parts").run_dir) / "model").exists()
     parts = training.train(make("parts"))
     _assert_same(_weights(whole.model), _weights(parts.model))
     assert _metrics(make("parts").run_dir) == _metrics(make("whole").run_dir)
+
+
+def test_a_second_ctrl_c_keeps_state_and_step_together(make, monkeypatch):
+    """It mostly comes while the host waits for the numbers of an update that is under way."""
+    whole = training.train(make("whole"))
+    with monkeypatch.context() as patch:
+        patch.setattr(_loop, "float", lambda value: signal.raise_signal(signal.SIGINT), raising=False)
+        patch.setattr(_loop, "_on_signal", lambda ask: contextlib.nullcontext())
+        with pytest.raises(KeyboardInterrupt):
+            training.train(make("parts"))
+    assert not (Path(make("parts").run_dir) / "model").exists()
+    parts = training.train(make("parts"))
+    _assert_same(_weights(whole.model), _weights(parts.model))
 
 
 def test_a_crash_loses_nothing(make, monkeypatch):
@@ -222,7 +236,8 @@ def test_non_finite_steps_change_nothing_and_stop_the_run(make, monkeypatch):
     with np.load(run_dir / "bad_batch_1.npz") as batch:
         assert batch["completions"].shape == (8, 8) and batch["mask"].any()
     assert [line["finite"] for line in _metrics(settings.run_dir)] == [0, 0, 0]
-    # The checkpoint holds the parameters as they were.
+    # The model and the checkpoint hold the parameters as they were.
+    _assert_same(_weights(run_dir / "model"), _weights(Path(settings.student.path)))
     student = nnx.split(models.load(settings.student.path))[1]
     _, state = _setup.prepare(settings, training._loop.Display(1))
     checkpoints = _checkpoint.Checkpoints(run_dir / "checkpoints", 2)
@@ -260,15 +275,15 @@ def test_nothing_compiles_after_the_second_step(make, monkeypatch):
     jax.monitoring.register_event_duration_secs_listener(
         lambda name, *_, **__: compiled.append(name) if "backend_compile" in name else None
     )
-    step = _loop._Run._step
+    step = _loop._Run._one_step
 
-    def counted(run, number):
+    def counted(run):
         before = len(compiled)
-        metrics = step(run, number)
+        metrics = step(run)
         steps.append(len(compiled) - before)
         return metrics
 
-    monkeypatch.setattr(_loop._Run, "_step", counted)
+    monkeypatch.setattr(_loop._Run, "_one_step", counted)
     training.train(make(steps=6, evaluation__prompts=4, evaluation__options=dict(seed=5)))
     assert steps[0] > 0 and steps[2:] == [0, 0, 0, 0]
 
@@ -353,6 +368,18 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32_weights(make):
     result = training.train(settings)
     assert {a.dtype.name for a in _weights(result.model).values()} == {"bfloat16"}
     assert all(np.isfinite(line["loss"]) for line in _metrics(settings.run_dir))
+
+
+def test_a_finished_run_without_checkpoints_is_not_started_over(make):
+    training.train(make(steps=1))
+    shutil.rmtree(Path(make().run_dir) / "checkpoints")
+    with pytest.raises(ValueError, match="checkpoints are gone"):
+        training.train(make(steps=1))
+
+
+def test_completions_that_do_not_fit_the_model_are_refused(make):
+    with pytest.raises(ValueError, match="max_new_tokens is 100, together more than the 64 positions"):
+        training.train(make(max_new_tokens=100))
 
 
 def test_teacher_and_student_of_different_tokenizers_are_refused_before_loading(make, folders, tmp_path):

@@ -50,23 +50,27 @@ batch = Batch(ints(B, width), ints(B), ints(B, N), give((B, N), jnp.bool_, rows)
 key = jax.eval_shape(jax.random.key, 0)
 
 def compiled(name, function, *args, **kwargs):
-    lowered = function.trace(*args, **kwargs).lower(lowering_platforms=("tpu",))
-    memory = lowered.compile().memory_analysis()
-    print(name, memory.temp_size_in_bytes, flush=True)
+    done = function.trace(*args, **kwargs).lower(lowering_platforms=("tpu",)).compile()
+    print(name, done.memory_analysis().temp_size_in_bytes, flush=True)
+    return done
 
 with jax.set_mesh(mesh):
     hidden = give((B, N, config.width), jnp.bfloat16, rows)
-    compiled("score", make_score(teacher_graphdef, 2), teacher, batch)
+    scored = compiled("score", make_score(teacher_graphdef, 2), teacher, batch)
+    assert scored.output_shardings.spec == P("fsdp"), scored.output_shardings
     update = make_update(
         graphdef, teacher_graphdef, optimizer, make_objective(Config()),
         dtype=jnp.bfloat16, micro_batches=2, loss_chunk=512)
     compiled("update", update, State(params, opt_state), teacher, batch, hidden)
     row = give((B,), jnp.uint32, rows)
-    stops, static = give((2,), jnp.int32, whole), dict(graphdef=graphdef, sampling=rollout.Sampling(top_p=0.9))
+    stops = give((2,), jnp.int32, whole)
+    static = dict(graphdef=graphdef, sampling=rollout.Sampling(top_p=0.9))
     sampler = (shapes(jnp.bfloat16)[1], ints(B, width), ints(B), key, row, stops)
-    compiled("prefill", _generate._prefill, *sampler, slots=N, **static)
+    prefilled = compiled("prefill", _generate._prefill, *sampler, slots=N, **static)
+    cache = prefilled.output_shardings.cache.k  # neither whole copies nor a copy of another layout for decode
+    assert cache.spec == P(None, "fsdp", None, "tensor"), cache
     state = jax.eval_shape(lambda *a: _generate._prefill(*a, slots=N, **static), *sampler)
-    state = jax.tree.map(lambda s: give(s.shape, s.dtype, whole), state)
+    state = jax.tree.map(lambda s, place: give(s.shape, s.dtype, place), state, prefilled.output_shardings)
     compiled("decode", _generate._decode, sampler[0], state, *sampler[1:], N, **static)
 """
 
@@ -83,5 +87,6 @@ def test_every_program_of_a_run_compiles_for_a_tpu_slice():
         TPU_WORKER_HOSTNAMES="localhost",
         ALLOW_MULTIPLE_LIBTPU_LOAD="1",
     )
-    done = subprocess.run([sys.executable, "-c", _PROGRAM], check=True, env=environment, stdout=subprocess.PIPE)
+    command = [sys.executable, "-c", _PROGRAM]
+    done = subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE)
     assert done.stdout.decode().split()[::2] == ["score", "update", "prefill", "decode"]

@@ -1,0 +1,13 @@
+"""What can end a run, told in words."""
+
+
+class TrainingError(RuntimeError):
+    """The run cannot go on; what was trained is saved, or the message says what is not."""
+
+
+class CheckpointError(TrainingError):
+    """A checkpoint could not be written, or none could be read."""
+
+
+class Interrupted(Exception):
+    """The run was asked to stop, and everything is saved."""
