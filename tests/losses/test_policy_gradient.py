@@ -1,14 +1,11 @@
 """Score-function losses against sums over all tokens, in float64 where it matters."""
 
-import doctest
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from opd_jax import losses
-from opd_jax.losses import _divergences, _policy_gradient
 
 V = 7
 
@@ -186,9 +183,3 @@ def test_equal_rewards_have_no_advantage():
 def test_wrong_group_size(size):
     with pytest.raises(ValueError, match="divide the 6 rewards"):
         losses.group_advantages(np.zeros(6), size)
-
-
-@pytest.mark.parametrize("module", [_divergences, _policy_gradient])
-def test_examples(module):
-    result = doctest.testmod(module)
-    assert result.attempted and not result.failed
