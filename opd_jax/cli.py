@@ -1,6 +1,7 @@
 """opd-jax train | evaluate | generate."""
 
 import json
+import logging
 import os
 import shlex
 import sys
@@ -71,6 +72,7 @@ def _train(argv: list[str]) -> None:
         raise SystemExit(0 if help_asked else 2)
     from opd_jax import config, training
 
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax: pages of what we say in a line
     settings = config.load(argv[0], argv[1:])
     result = training.train(settings)
     print(_summary(result, settings.data.chat))

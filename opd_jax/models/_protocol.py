@@ -9,8 +9,9 @@ import jax.numpy as jnp
 class LanguageModel(Protocol):
     """A causal language model as a flax.nnx module.
 
-    `hidden_states` and `unembed` are optional: with them the loss holds the logits of a few tokens at a
-    time; without them, those of the whole batch.
+    It may also have `hidden_states`, which takes what calling it takes and `prefill=False` (a promise that
+    the cache is empty), and `unembed(hidden) -> logits`: with both, the loss holds the logits of a few
+    tokens at a time; without them, those of the whole batch.
     """
 
     def __call__(
@@ -38,7 +39,7 @@ class LanguageModel(Protocol):
 
 def hidden_states(model: LanguageModel, tokens: jax.Array, **kwargs: Any) -> tuple[jax.Array, Any]:
     """What `unembed` turns into logits, [B, T, D], and the cache; takes what calling the model takes."""
-    if hasattr(model, "hidden_states"):
+    if _has_both(model):
         return model.hidden_states(tokens, **kwargs)
     kwargs.pop("prefill", None)
     return model(tokens, **kwargs)
@@ -46,6 +47,10 @@ def hidden_states(model: LanguageModel, tokens: jax.Array, **kwargs: Any) -> tup
 
 def unembed(model: LanguageModel, hidden: jax.Array) -> jax.Array:
     """Logits [..., V] float32 from hidden states [..., D]."""
-    if hasattr(model, "unembed"):
+    if _has_both(model):
         return model.unembed(hidden)
     return hidden.astype(jnp.float32)
+
+
+def _has_both(model: LanguageModel) -> bool:
+    return hasattr(model, "hidden_states") and hasattr(model, "unembed")

@@ -116,6 +116,8 @@ def generate(
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if isinstance(stop_strings, str):
+        raise ValueError(f"stop_strings must be a sequence of strings, got the string {stop_strings!r}")
     if stop_strings and tokenizer is None:
         raise ValueError("stop_strings need a tokenizer (anything with decode(ids) -> str)")
     if not all(stop_strings):

@@ -201,4 +201,4 @@ def _compare(saved: dict[str, str], wanted: dict[str, Any]) -> None:
 def _short(what: str, error: Exception) -> str:
     """One line: tensorstore's messages run to pages."""
     first = (str(error).strip().splitlines() or [""])[0]
-    return f"{what}: {type(error).__name__}: {first[:300]}"
+    return f"{what}: {type(error).__name__}: {first[:160]}"

@@ -87,14 +87,14 @@ def statistics(tokens: Tokens, weight_bounds: tuple[float, float]) -> dict[str, 
     |log p_trainer - log p_sampler| of the sampled token, which one numerics path keeps near 0;
     `clip_rate` is the share of tokens whose importance weight is outside `weight_bounds`.
     """
-    stats = {"student_entropy": _entropy(tokens.student)}
+    stats = {"student_entropy": losses.entropy(tokens.student)}
     if tokens.teacher is not None:
         top = min(_TOP, tokens.student.shape[-1])
         mine, mine_ids = jax.lax.top_k(tokens.student, top)
         _, their_ids = jax.lax.top_k(tokens.teacher, top)
         shared = (mine_ids[..., :, None] == their_ids[..., None, :]).any(-1)
         stats["kl"] = losses.reverse_kl(tokens.student, tokens.teacher)
-        stats["teacher_entropy"] = _entropy(tokens.teacher)
+        stats["teacher_entropy"] = losses.entropy(tokens.teacher)
         stats["top16_overlap"] = shared.mean(-1)
         stats["top16_mass"] = jnp.sum(jnp.exp(mine) * shared, axis=-1)
     if tokens.rollout_log_probs is not None:
@@ -104,10 +104,6 @@ def statistics(tokens: Tokens, weight_bounds: tuple[float, float]) -> dict[str, 
         low, high = weight_bounds
         stats["clip_rate"] = ((weight < low) | (weight > high)).astype(jnp.float32)
     return stats
-
-
-def _entropy(log_probs: jax.Array) -> jax.Array:
-    return -jnp.sum(jnp.where(log_probs > -jnp.inf, jnp.exp(log_probs) * log_probs, 0.0), axis=-1)
 
 
 def weight_bounds(config: Config) -> tuple[float, float]:
