@@ -337,7 +337,12 @@ def _log_probs(raw: jax.Array, head: Unembedding, spec: _Spec) -> jax.Array:
     if head.softcap is not None:
         raw = head.softcap * jnp.tanh(raw / head.softcap)
     raw = raw[..., : spec.shared]
-    return jax.nn.log_softmax(raw if spec.temperature == 1.0 else raw / spec.temperature)
+    logits = raw if spec.temperature == 1.0 else raw / spec.temperature
+    # As jax.nn.log_softmax, but the shift is written twice: XLA's CPU backend would fuse a single one into
+    # the product, which then takes twice the time and copies of both kernels.
+    most = lax.stop_gradient(logits.max(-1, keepdims=True))
+    total = jnp.exp(logits - most).sum(-1, keepdims=True)
+    return (logits - lax.optimization_barrier(most)) - jnp.log(total)
 
 
 def _project(states: jax.Array, head: Unembedding) -> jax.Array:
