@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import optax
 
+from opd_jax import _objective_checks
 from opd_jax._config_io import flatten
 
 if TYPE_CHECKING:
@@ -44,20 +45,11 @@ HINTS = {
     **dict.fromkeys(("epochs", "num_epochs", "num_train_epochs"), _STEPS),
     **dict.fromkeys(("normalize_advantages", "whiten", "advantage_normalization"), _WHITEN),
     **dict.fromkeys(("warmup", "warmup_steps", "decay_steps"), _SCHEDULE),
-    **dict.fromkeys(("lora", "lora_rank", "peft"), "all weights are trained: no adapters here"),
+    **dict.fromkeys(("lora_rank", "peft"), "it is lora.rank"),
     "loss=k1": "k1 differentiated directly has a gradient of mean zero, without the teacher; "
     "sampled_reverse_kl takes it as an advantage, which is right",
     "loss=k2": "take sampled_reverse_kl, which also holds one update off-policy",
     "loss=k3": "k3 differentiated directly has the gradient of the forward KL",
-}
-
-_NO_TEACHER = ("teacher.path", "teacher.dtype", "teacher.attention", "teacher.context")
-_ONLY_GRPO = ("ratio_clip", "kl_coefficient")
-# Keys that an objective has no use for; a value other than the default is a mistake.
-UNUSED = {
-    "opd": _ONLY_GRPO,
-    "sft": (*_NO_TEACHER, *_ONLY_GRPO, "loss", "importance_clip", "samples_per_prompt"),
-    "grpo": ("loss", "importance_clip", "teacher.context"),
 }
 
 _AT_LEAST = {
@@ -94,6 +86,7 @@ def problems(config: "Config", default: "Config") -> Iterator[str]:
     yield from _divisions(config)
     yield from _evaluation(config)
     yield from _schedule(config.optimizer)
+    yield from _objective_checks.problems(config)
     if config.teacher.context is not None:
         yield from _template("teacher.context", config.teacher.context)
 
@@ -108,9 +101,9 @@ def _required(config: "Config") -> Iterator[str]:
             "`package.module:function`, or a .jsonl or .parquet file"
         )
     if config.objective == "opd":
-        if not teacher:
+        if not teacher and not config.teachers:
             yield "teacher.path is missing: objective opd learns from a teacher"
-        elif teacher == student and config.teacher.context is None:
+        elif teacher and teacher == student and config.teacher.context is None and config.teacher.ema is None:
             yield (
                 f"teacher.path is student.path ({student!r}), so the loss is zero; name another "
                 "model, or give the teacher a privileged prompt with teacher.context"
@@ -134,18 +127,11 @@ def _required(config: "Config") -> Iterator[str]:
 
 
 def _unused(values: dict[str, Any], defaults: dict[str, Any], config: "Config") -> Iterator[str]:
-    for key in UNUSED[config.objective]:
-        if values[key] != defaults[key]:
-            why = "has no teacher" if key.startswith("teacher.") else "does not use it"
-            if key == "teacher.context" and config.objective == "grpo":
-                why = "shows its reference model the student's own prompt"
-            yield f"{key} is set but objective {config.objective} {why}; remove {key}"
-    full = config.objective == "opd" and config.loss != "sampled_reverse_kl"
-    if full and config.importance_clip != defaults["importance_clip"]:
-        yield (
-            "importance_clip is set but loss reverse_kl sums over the whole vocabulary and has "
-            "no importance weight; remove it or set loss: sampled_reverse_kl"
-        )
+    for keys, is_used, why in _objective_checks.used(config):
+        for key in keys:
+            given = {k: v for k, v in values.items() if k == key or k.startswith(f"{key}.")}
+            if not is_used and any(v != defaults.get(k) for k, v in given.items()):
+                yield f"{key} is set but {why}; remove {key}"
 
 
 def _ranges(values: dict[str, Any]) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""opd-jax train | evaluate | generate."""
+"""opd-jax train | cache-teacher | evaluate | generate."""
 
 import json
 import logging
@@ -15,6 +15,8 @@ _USAGE = """usage: opd-jax COMMAND ...
 
   train CONFIG [--run_dir DIR] [--dotted.key VALUE ...]
                       runs a config (YAML), or goes on with a run that was stopped
+  cache-teacher CONFIG [--dotted.key VALUE ...]
+                      lets the teacher of a config score the data's completions once, into teacher.cache
   evaluate --model PATH --source SOURCE ...
                       sampled accuracy of any supported model on a task
   generate --model PATH --prompt TEXT ...
@@ -33,7 +35,12 @@ Keys are documented in opd_jax/config.py; examples are in configs/.
 def main(argv: list[str] | None = None) -> int:
     """The `opd-jax` command; returns its exit status."""
     argv = sys.argv[1:] if argv is None else argv
-    commands = {"train": _train, "evaluate": _evaluate, "generate": _generate}
+    commands = {
+        "train": _train,
+        "cache-teacher": _cache_teacher,
+        "evaluate": _evaluate,
+        "generate": _generate,
+    }
     if not argv or argv[0] in ("-h", "--help"):
         print(_USAGE, end="")
         return 0 if argv else 2
@@ -55,7 +62,7 @@ def _guarded(command: Callable[[list[str]], None], argv: list[str]) -> int:
         print(f"{stopped}. To go on:\n  opd-jax {shlex.join(argv)}", file=sys.stderr)
         return 130
     except KeyboardInterrupt:
-        go_on = f". To go on:\n  opd-jax {shlex.join(argv)}" * (argv[0] == "train")
+        go_on = f". To go on:\n  opd-jax {shlex.join(argv)}" * (argv[0] in ("train", "cache-teacher"))
         print(f"stopped at once{go_on}", file=sys.stderr)
         return 130
     except (ValueError, OSError, ImportError, TrainingError) as error:
@@ -65,11 +72,32 @@ def _guarded(command: Callable[[list[str]], None], argv: list[str]) -> int:
         return 1
 
 
-def _train(argv: list[str]) -> None:
+_CACHE_USAGE = """usage: opd-jax cache-teacher CONFIG [--dotted.key VALUE ...]
+
+Scores the completions of CONFIG's data set by its teacher and writes the most likely tokens of each position
+to the folder teacher.cache. `opd-jax train CONFIG` then reads them and needs no teacher in memory. The same
+command again goes on where it was stopped.
+"""
+
+
+def _no_config(argv: list[str], usage: str) -> None:
+    """Prints the usage and leaves, if that is asked for or no config is given."""
     help_asked = bool({"-h", "--help"} & set(argv))
     if help_asked or not argv or argv[0].startswith("-"):
-        print(_TRAIN_USAGE, end="")
+        print(usage, end="")
         raise SystemExit(0 if help_asked else 2)
+
+
+def _cache_teacher(argv: list[str]) -> None:
+    _no_config(argv, _CACHE_USAGE)
+    from opd_jax import config, training
+
+    folder = training.cache_teacher(config.load(argv[0], argv[1:]))
+    print(f"the teacher's opinions are in {folder}; opd-jax train {argv[0]} reads them")
+
+
+def _train(argv: list[str]) -> None:
+    _no_config(argv, _TRAIN_USAGE)
     from opd_jax import config, training
 
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax: pages of what we say in a line
@@ -94,6 +122,17 @@ def _summary(result, chat: str) -> str:
                 f"; the student has {(after['accuracy'] - before['accuracy']) / gain:.0%} of its gain"
                 * (gain > 0)
             )
+        )
+    if result.reached:
+        lines.append(
+            f"target reached at step {result.reached[0]}, after {result.reached[1]} completion tokens"
+        )
+    if result.searches:
+        accepted, seconds, tokens = result.searches
+        share = seconds / result.seconds if result.seconds else 0.0
+        lines.append(
+            f"extrapolation: {accepted} jumps; its searches took {seconds:.1f} s ({share:.0%} of the steps' "
+            f"time) and {tokens} tokens"
         )
     lines.append(f"{result.tokens} completion tokens in {result.seconds:.0f} s of training steps")
     prompt = shlex.quote(result.prompt) if len(result.prompt) < 200 else "..."

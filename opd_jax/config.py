@@ -12,18 +12,38 @@ __all__ = [
     "CheckpointConfig",
     "Config",
     "DataConfig",
+    "EarlyStopConfig",
     "EvaluationConfig",
+    "ExtrapolateConfig",
+    "ForesightConfig",
     "LoggingConfig",
+    "LoraConfig",
     "MeshConfig",
     "OptimizerConfig",
+    "ReferenceConfig",
     "StudentConfig",
     "TeacherConfig",
+    "TokensConfig",
+    "TrackConfig",
     "dump",
     "load",
     "make_schedule",
 ]
 
 Objective = Literal["opd", "sft", "grpo"]
+Loss = Literal[
+    "reverse_kl",
+    "forward_kl",
+    "jsd",
+    "skew_kl",
+    "skew_reverse_kl",
+    "mixed_kl",
+    "entropy_aware_kl",
+    "total_variation",
+    "sampled_reverse_kl",
+    "sampled_tail_reverse_kl",
+    "extrapolated_reverse_kl",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +69,117 @@ class TeacherConfig:
     context: str | None = None
     """Template of a privileged prompt that only the teacher sees: `{prompt}`, `{answer}`,
     `{completion}` and metadata fields are filled in; None shows the student's own prompt."""
+    ema: float | None = None
+    """The teacher is an exponential moving average of the student with this decay (0: the student as it is);
+    `path` is then the student's. None: the teacher does not change."""
+    align: bool = False
+    """The teacher has another tokenizer: log-probs are compared over pieces of text that both tokenizers
+    delimit (loss sampled_reverse_kl)."""
+    cache: str | None = None
+    """Folder for the teacher's most likely tokens at every token of the data set's completions:
+    `opd-jax cache-teacher` writes it, `train` reads it and loads no teacher (lmbda: 0)."""
+    cache_top_k: int = 64
+    """Tokens kept there at each position; the mass of all others is one more."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceConfig:
+    """The model that `extrapolated_reverse_kl` measures progress from."""
+
+    path: str = ""
+    """Empty: the student as it starts."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters: W + (alpha / rank) A B, of which only A and B are trained."""
+
+    rank: int = 0
+    """0: all weights are trained."""
+    alpha: float = 16.0
+    targets: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
+    """Names of the modules that are adapted."""
+    save: Literal["merged", "adapter"] = "merged"
+    """What the run's `model/` is: a whole model, or an adapter folder that `peft` loads."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokensConfig:
+    """Which tokens count, and how much."""
+
+    weights: Literal["uniform", "prefix_drift", "high_entropy"] = "uniform"
+    """`prefix_drift`: more where a completion has not drifted from the teacher yet (IW-OPD); `high_entropy`:
+    only the tokens at which the student is least certain."""
+    strength: float = 0.5
+    """Of `prefix_drift`: the weight is 1 + strength at the first token and 1 at the last."""
+    fraction: float = 0.2
+    """Of `high_entropy`: share of the batch's tokens that count."""
+    drop_truncated: bool = False
+    """Leave out completions that ran into max_new_tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EarlyStopConfig:
+    """Rollouts that are cut before their end; off by default."""
+
+    overlap: float = 0.0
+    """Cut a completion where the mean overlap of student's and teacher's 16 most likely tokens over `window`
+    tokens falls below this (Prune-OPD); 0: never."""
+    window: int = 32
+    horizon: int = 0
+    """Sample so many tokens at first, growing evenly to max_new_tokens (TOPD); 0: always all."""
+    horizon_steps: int = 0
+    """Steps that the growth takes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackConfig:
+    """Watching the subspace into which updates concentrate (`opd_jax.transforms.track_subspace`)."""
+
+    rank: int = 0
+    """Singular directions followed in every matrix; 0: off."""
+    every: int = 10
+    """Steps between probes."""
+    of: Literal["updates", "gradients", "displacement"] = "displacement"
+    """What is probed; the displacement is the sum of updates, W - W_0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtrapolateConfig:
+    """EffOPD: after some steps, go on from the best of W + f (W - anchor)."""
+
+    schedule: Literal["off", "powers_of_two", "every", "steps"] = "off"
+    """After steps 1, 2, 4, 8, ...; after every `every`-th; or after the `steps` listed."""
+    every: int = 4
+    steps: tuple[int, ...] = ()
+    factors: tuple[float, ...] = (2.0, 4.0, 6.0, 8.0, 10.0)
+    """f of the candidates, tried in order until one fails."""
+    rule: Literal["paper", "reference", "margin"] = "reference"
+    """A candidate is accepted if its score is >= the best (paper), > the best (the authors' code), or better
+    by `margin` standard errors of the paired difference."""
+    margin: float = 2.0
+    score: Literal["kl", "accuracy"] = "kl"
+    """-KL to the teacher on fixed rollouts of the untrained student, or sampled accuracy (the paper)."""
+    prompts: int = 50
+    """Training prompts that are scored."""
+    anchor: Literal["accepted", "raw"] = "accepted"
+    """W at the last search: as it went on (the authors' code), or before its jump."""
+    moves: Literal["blocks", "all"] = "blocks"
+    """Attention and MLP matrices, or every parameter."""
+    max_kl: float | None = None
+    """Nats: a candidate that is further from the policy before the jump fails; null: no bound."""
+    reset_moments: bool = False
+    """Start the optimiser's moments anew after an accepted jump."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForesightConfig:
+    """What the dynamics of training are watched and used for; all off by default."""
+
+    track: TrackConfig = field(default_factory=TrackConfig)
+    extrapolate: ExtrapolateConfig = field(default_factory=ExtrapolateConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +192,8 @@ class DataConfig:
     """Keyword arguments of the source."""
     verifier: str | None = None
     """`exact`, `contains`, `math` or `package.module:function`; None: the source's own."""
+    teacher: str | None = None
+    """Column that names each example's teacher, one of `teachers`."""
     chat: Literal["auto", "never"] = "auto"
     """Whether prompts pass through the tokenizer's chat template."""
     max_prompt_length: int = 512
@@ -101,6 +234,8 @@ class EvaluationConfig:
     batch_size: int = 64
     teacher: bool = False
     """Also evaluate the teacher, once, on the same prompts."""
+    target: float | None = None
+    """Accuracy whose first evaluation at or above it is reported, with steps and tokens so far."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,8 +275,24 @@ class Config:
     """One run of `opd-jax train`."""
 
     objective: Objective = "opd"
-    loss: Literal["reverse_kl", "sampled_reverse_kl"] | None = None
+    loss: Loss | None = None
     """Only for `opd`; None: reverse_kl, the full-vocabulary form."""
+    loss_options: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the function of that name in `opd_jax.losses`, such as {beta: 0.5} of jsd;
+    of `extrapolated_reverse_kl`: {scale: 1.25}, ExOPD's lambda."""
+    loss_temperature: float = 1.0
+    """Divides the logits of student and teacher in a divergence (not in the sampling)."""
+    loss_top_k: int = 0
+    """Tokens of the vocabulary told apart in a divergence, the rest being one more; 0: all."""
+    loss_support: Literal["student", "teacher", "union"] = "student"
+    """Whose most likely tokens these are."""
+    task_weight: float = 0.0
+    """opd: weight of the task's group-relative advantage, beside the distillation."""
+    lmbda: float = 1.0
+    """opd: share of steps whose completions the student samples (GKD's lambda)."""
+    off_policy: Literal["data", "teacher"] = "data"
+    """Who wrote the completions of the other steps, and of sft: the data set, or the teacher
+    (sequence-level distillation)."""
     steps: int = 100
     batch_size: int = 64
     """Completions a step."""
@@ -154,6 +305,15 @@ class Config:
     """Upper bound of the importance weight (sampled_reverse_kl)."""
     ratio_clip: tuple[float, float] = (0.2, 0.2)
     """grpo: the policy ratio is kept within [1 - low, 1 + high]."""
+    normalise_advantages: bool = True
+    """Divide a group's advantages by their standard deviation (GRPO); false: Dr. GRPO."""
+    aggregation: Literal["token", "sequence", "constant"] | None = None
+    """Mean over the batch's tokens (DAPO), over each completion's tokens and then completions (GRPO), or sum
+    divided by max_new_tokens (Dr. GRPO); None: sequence for grpo, token otherwise."""
+    dynamic_sampling: int = 0
+    """grpo: at most so many more rounds of sampling, to replace groups whose rewards are all equal (DAPO)."""
+    overlong_buffer: int = 0
+    """Completions within so many tokens of max_new_tokens lose reward, up to 1 (DAPO); 0: none."""
     kl_coefficient: float = 0.0
     """grpo: weight of KL(student || teacher), the teacher being the reference model."""
     loss_chunk: int = 512
@@ -165,12 +325,26 @@ class Config:
     """Empty: runs/<name of the config file>."""
     student: StudentConfig = field(default_factory=StudentConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    teachers: dict[str, Any] = field(default_factory=dict)
+    """Several teachers, name: {path, dtype, attention}; `data.teacher` tells which one an example has."""
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    tokens: TokensConfig = field(default_factory=TokensConfig)
+    early_stop: EarlyStopConfig = field(default_factory=EarlyStopConfig)
+    foresight: ForesightConfig = field(default_factory=ForesightConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    @property
+    def all_teachers(self) -> dict[str, TeacherConfig]:
+        """The teachers by name; a single one has the name ""."""
+        if self.teachers:
+            return {name: TeacherConfig(**options) for name, options in self.teachers.items()}
+        return {"": self.teacher} if self.teacher.path else {}
 
     @property
     def evaluation_data(self) -> tuple[str, dict[str, Any]]:

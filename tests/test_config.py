@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from opd_jax import _config_checks, _config_io
+from opd_jax import _config_checks, _config_io, _objective_checks
 from opd_jax.config import (
     Config,
     DataConfig,
@@ -144,7 +144,7 @@ def test_bad_yaml(text, says, file):
         ("weight_decay: 0.1", "did you mean 'optimizer.weight_decay'?"),
         ("evaluation: {max_prompt_length: 3}", "did you mean 'data.max_prompt_length'?"),
         ("mesh: {zzz: 1}", "valid keys of mesh: mesh.data, mesh.fsdp, mesh.tensor"),
-        ("zzz: 1", "valid keys: objective, loss, steps"),
+        ("zzz: 1", "valid keys: objective, loss, loss_options"),
         ("3: 1", "unknown key '3'"),
         ("lr: 1", "it is optimizer.learning_rate"),
         ("optimizer: {lr: 1}", "it is optimizer.learning_rate"),
@@ -385,7 +385,7 @@ def test_the_configs_of_the_repository_are_valid(path):
 
 def test_the_tables_name_existing_keys():
     keys = set(_config_io.keys(Config))
-    named = {key for unused in _config_checks.UNUSED.values() for key in unused}
+    named = {key for used, *_ in _objective_checks.used(VALID) for key in used}
     assert named | set(_config_checks._AT_LEAST) <= keys
     assert not keys & set(_config_checks.HINTS), "a hint for a key that exists"
 

@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "losses": set(),
     "transforms": set(),
     "parallel": set(),
-    "config": set(),
+    "config": {"losses"},
     "demo": set(),
     "models": {"parallel"},
     "rollout": {"models", "parallel"},
@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "analysis": {"transforms", "models"},
 }
 MAY_IMPORT["cli"] = set(MAY_IMPORT)
-PART_OF = {"_config_io": "config", "_config_checks": "config"}
+PART_OF = {"_config_io": "config", "_config_checks": "config", "_objective_checks": "config"}
 
 # fmt: off
 HEAVY = {

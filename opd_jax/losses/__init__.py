@@ -23,6 +23,7 @@ from opd_jax.losses._rewards import (
     task_and_distillation,
     token_reward,
 )
+from opd_jax.losses._spans import span_reverse_kl, span_sums
 from opd_jax.losses._top_k import (
     Support,
     coarsen,
@@ -74,6 +75,8 @@ __all__ = [
     "sampled_tail_reverse_kl",
     "skew_kl",
     "skew_reverse_kl",
+    "span_reverse_kl",
+    "span_sums",
     "task_and_distillation",
     "token_reward",
     "top_k",

@@ -103,13 +103,18 @@ _narrow_lookup.defvjp(_lookup_forward, _lookup_backward)
 class Linear(nnx.Module):
     """`x @ kernel + bias`; kernel [in, out]."""
 
+    adapter = None  # `add_lora` gives some instances one; the others stay as they are
+
     def __init__(self, axes: tuple[str, str], shape: tuple[int, int], bias: bool, *, rngs, dtype):
         init = 0.02 * jax.random.normal(rngs.params(), shape, jnp.float32)
         self.kernel = nnx.Param(init.astype(dtype), axes=axes)
         self.bias = nnx.Param(jnp.zeros(shape[1:], dtype), axes=axes[1:]) if bias else None
 
     def __call__(self, x: Array) -> Array:
-        out = matmul(x, self.kernel[...])
+        if self.adapter is None:
+            out = matmul(x, self.kernel[...])
+        else:  # added up in float32: rounded to bfloat16 first, small updates would get lost
+            out = (project(x, self.kernel[...]) + self.adapter(x)).astype(x.dtype)
         return out if self.bias is None else out + self.bias[...]
 
 

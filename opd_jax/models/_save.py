@@ -17,6 +17,7 @@ from flax import nnx
 from opd_jax._extras import require
 from opd_jax.models._decoder import Decoder
 from opd_jax.models._files import INDEX, SINGLE, inside
+from opd_jax.models._lora import LoRAParam
 from opd_jax.models._names import Parameter, parameters
 from opd_jax.models._tokenizer import load_tokenizer
 
@@ -50,7 +51,10 @@ def save(model: Decoder, path: str | Path, *, max_shard_bytes: int = 5 * 2**30) 
 
     Raises:
         FileExistsError: if `path` is a file, or a folder with anything `save` does not write.
+        ValueError: if the model has adapters.
     """
+    if nnx.to_flat_state(nnx.state(model, LoRAParam)):
+        raise ValueError("the model has adapters: save merge_lora(model), or the adapters alone by save_lora")
     path = Path(path).expanduser().absolute()
     _check_replaceable(path)
     _, params = nnx.split(model, nnx.Param)

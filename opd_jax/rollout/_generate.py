@@ -85,6 +85,7 @@ def generate(
     prompt_lengths: jax.Array | None = None,
     prompt_bucket: int | None = None,
     row_ids: jax.Array | None = None,
+    limit: int | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> Rollout:
     """Samples a completion of each prompt.
@@ -105,6 +106,7 @@ def generate(
         prompt_lengths: see `prompts`.
         prompt_bucket: P for lists of prompts; the default is the next power of two.
         row_ids: [B] integers; the default is 0 .. B-1.
+        limit: stop at so many tokens, below `max_new_tokens`, without compiling anew.
         on_progress: called now and then with the number of tokens sampled a row.
 
     Returns:
@@ -112,10 +114,13 @@ def generate(
 
     Raises:
         ValueError: on an empty prompt or batch, a prompt longer than the bucket, stop strings that are
-            empty or without a tokenizer, or `max_new_tokens` below 1.
+            empty or without a tokenizer, or `max_new_tokens` or `limit` out of range.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    limit = max_new_tokens if limit is None else limit
+    if not 1 <= limit <= max_new_tokens:
+        raise ValueError(f"limit must be from 1 to max_new_tokens = {max_new_tokens}, got {limit}")
     if isinstance(stop_strings, str):
         raise ValueError(f"stop_strings must be a sequence of strings, got the string {stop_strings!r}")
     if stop_strings and tokenizer is None:
@@ -134,14 +139,14 @@ def generate(
     with _mesh_of(params):
         state = _prefill(params, tokens, lengths, key, rows, stops, slots=max_new_tokens, **static)
         done = 1
-        while done < max_new_tokens:
+        while done < limit:
             if watched:
                 state = _end_at_strings(state, done, stop_strings, tokenizer)
                 if on_progress is not None:
                     on_progress(done)
             if watched and not np.any(np.asarray(state.finish) < 0):
                 break
-            done = min(done + _SEGMENT, max_new_tokens) if watched else max_new_tokens
+            done = min(done + _SEGMENT, limit) if watched else limit
             state = _decode(params, state, tokens, lengths, key, rows, stops, done, **static)
         state = _end_at_strings(state, done, stop_strings, tokenizer)
         return _finish(state, tokens, lengths)

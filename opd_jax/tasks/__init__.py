@@ -1,6 +1,11 @@
 """Prompts, verifiable rewards and evaluation."""
 
 from opd_jax.tasks import arithmetic as arithmetic
+from opd_jax.tasks._align import Alignment as Alignment
+from opd_jax.tasks._align import Retokenized as Retokenized
+from opd_jax.tasks._align import align as align
+from opd_jax.tasks._align import retokenize as retokenize
+from opd_jax.tasks._align import token_bytes as token_bytes
 from opd_jax.tasks._evaluate import Evaluation as Evaluation
 from opd_jax.tasks._evaluate import Record as Record
 from opd_jax.tasks._evaluate import evaluate as evaluate

@@ -1,5 +1,6 @@
 """The train steps, and the loop around them."""
 
+from opd_jax.training._cache_teacher import cache_teacher
 from opd_jax.training._errors import Interrupted, TrainingError
 from opd_jax.training._loop import Result, train
 from opd_jax.training._objectives import Objective, Tokens
@@ -13,6 +14,7 @@ __all__ = [
     "State",
     "Tokens",
     "TrainingError",
+    "cache_teacher",
     "make_score",
     "make_update",
     "train",

@@ -1,7 +1,7 @@
-"""Batches to learn from: demonstrations, or what the student itself wrote."""
+"""Batches to learn from: demonstrations, what a teacher wrote, or what the student itself wrote."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -11,6 +11,9 @@ from opd_jax.parallel import batch_sharding
 from opd_jax.training._objectives import token_weights
 from opd_jax.training._setup import Setup
 from opd_jax.training._step import Batch
+
+_REFILL = 2**20  # prompts of further rounds of sampling are those of steps that no run comes to
+_SOURCE, _ROUND = 0, 1  # one key per purpose
 
 
 def make_batch(
@@ -25,57 +28,161 @@ def make_batch(
         key: for sampling.
         on_progress: called while sampling.
     """
-    prompts = setup.prompts[step]
-    if setup.config.objective == "sft":
-        batch, metrics = _demonstrations(prompts)
+    config, prompts = setup.config, setup.prompts[step]
+    if not _on_policy(setup, key):
+        if config.off_policy == "data":
+            batch, metrics = _demonstrations(setup, prompts), {}
+        else:
+            drawn = _sample(setup, setup.teacher, prompts, jax.random.fold_in(key, _ROUND), on_progress)
+            batch, metrics = drawn.batch._replace(rollout_log_probs=None), _ends(drawn.finish)
+    elif config.objective == "grpo" or config.task_weight:
+        batch, metrics = _rewarded(setup, params, step, key, on_progress)
     else:
-        batch, metrics = _rollouts(setup, params, prompts, key, on_progress)
+        drawn = _sample(setup, setup.model(params), prompts, key, on_progress, _horizon(setup, step))
+        batch, metrics = drawn.batch, _ends(drawn.finish)
+        if config.tokens.drop_truncated:
+            batch = _without_truncated(batch, drawn.finish)
+    if setup.retokenize is not None:
+        batch = setup.retokenize(batch, prompts)
+        metrics["aligned"] = float(np.mean(batch.spans[np.asarray(batch.mask)] >= 0))
     mask = np.asarray(batch.mask)
-    weights = np.asarray(token_weights(mask, setup.config.objective))
+    weights = np.asarray(token_weights(mask, config))
     metrics |= {"tokens": int(mask.sum()), "completion_length": float(mask.sum(-1).mean())}
     return jax.device_put(batch._replace(weights=weights), batch_sharding(setup.mesh)), metrics
 
 
-def _demonstrations(prompts: tasks.PromptBatch) -> tuple[Batch, dict[str, float]]:
+def weigh(setup: Setup, batch: Batch, measured: dict[str, jax.Array]) -> tuple[Batch, dict[str, float]]:
+    """Cuts completions and weighs tokens by what the two models say of them (`make_measure`)."""
+    tokens, stop, metrics = setup.config.tokens, setup.config.early_stop, {}
+    measured = {name: np.asarray(value) for name, value in measured.items()}
+    mask = whole = np.asarray(batch.mask)
+    if stop.overlap:
+        keep = losses.overlap_stop(measured["top16_overlap"], stop.window, stop.overlap, where=mask)
+        mask = mask & (np.arange(mask.shape[1]) < np.asarray(keep)[:, None])
+        metrics["cut_rate"] = float(np.mean(mask.sum(-1) < whole.sum(-1)))
+    if tokens.weights == "high_entropy":
+        mask = mask & np.asarray(losses.high_entropy(measured["student_entropy"], tokens.fraction, mask))
+    weights = np.asarray(token_weights(mask, setup.config))
+    if tokens.weights == "prefix_drift":
+        advantages = measured["teacher_log_probs"] - measured["student_log_probs"]
+        weights = weights * np.asarray(losses.prefix_drift_weights(advantages, tokens.strength, mask))
+    metrics |= {"tokens": int(whole.sum()), "counted_tokens": int(mask.sum())}
+    placed = jax.device_put((mask, weights), batch_sharding(setup.mesh))
+    return batch._replace(mask=placed[0], weights=placed[1]), metrics
+
+
+def _on_policy(setup: Setup, key: jax.Array) -> bool:
+    """Whether the student writes this step's completions; drawn for each step (GKD)."""
+    if setup.config.objective == "sft":
+        return False
+    lmbda = setup.config.lmbda
+    return lmbda == 1 or bool(jax.random.uniform(jax.random.fold_in(key, _SOURCE)) < lmbda)
+
+
+def _horizon(setup: Setup, step: int) -> int:
+    """Tokens that are sampled at most in this step."""
+    stop, most = setup.config.early_stop, setup.config.max_new_tokens
+    if not stop.horizon or step >= stop.horizon_steps:
+        return most
+    return stop.horizon + (most - stop.horizon) * step // stop.horizon_steps
+
+
+def _demonstrations(setup: Setup, prompts: tasks.PromptBatch) -> Batch:
     mask = np.arange(prompts.completions.shape[1]) < prompts.completion_lengths[:, None]
-    return Batch(prompts.tokens, prompts.lengths, prompts.completions, mask), {}
+    batch = Batch(prompts.tokens, prompts.lengths, prompts.completions, mask)
+    batch = _for_teachers(setup, batch, prompts)
+    if setup.cache is not None:
+        cached = setup.cache.lookup(prompts)
+        batch = batch._replace(support=cached.support, support_log_probs=cached.categories)
+    if setup.config.samples_per_prompt > 1:
+        batch = jax.tree.map(lambda a: np.repeat(a, setup.config.samples_per_prompt, axis=0), batch)
+    return batch
 
 
-def _rollouts(setup, params, prompts, key, on_progress) -> tuple[Batch, dict[str, float]]:
+def _for_teachers(setup: Setup, batch: Batch, prompts: tasks.PromptBatch) -> Batch:
+    """Adds what only teachers see of the prompts (one row each)."""
+    if prompts.context_tokens is not None:
+        batch = batch._replace(
+            teacher_prompts=prompts.context_tokens, teacher_prompt_lengths=prompts.context_lengths
+        )
+    if setup.teacher_of is not None:
+        batch = batch._replace(teacher_rows=setup.teacher_of[prompts.ids])
+    return batch
+
+
+class _Drawn(NamedTuple):
+    batch: Batch
+    finish: np.ndarray  # [B], see rollout.Rollout
+
+
+def _sample(setup, model, prompts, key, on_progress, limit: int | None = None) -> _Drawn:
     config, n = setup.config, setup.config.samples_per_prompt
+    rows = _for_teachers(setup, Batch(prompts.tokens, prompts.lengths, None, None), prompts)
+    rows = jax.tree.map(lambda a: np.repeat(a, n, axis=0), rows)
+    own = model is not setup.teacher or rows.teacher_prompts is None
     sampled = rollout.generate(
-        setup.model(params),
-        np.repeat(prompts.tokens, n, axis=0),
+        model,
+        rows.prompts if own else rows.teacher_prompts,
         key,
-        prompt_lengths=np.repeat(prompts.lengths, n),
+        prompt_lengths=rows.prompt_lengths if own else rows.teacher_prompt_lengths,
         max_new_tokens=config.max_new_tokens,
+        limit=limit,
         stop_token_ids=setup.stops,
         on_progress=on_progress,
     )
-    finish, mask = np.asarray(sampled.finish), np.asarray(sampled.mask)
-    metrics = {
-        "truncation_rate": float(np.mean(finish == 0)),
-        "eos_rate": float(np.mean(finish == 1)),
-    }
-    batch = Batch(
-        sampled.prompts,
-        sampled.prompt_lengths,
-        sampled.completions,
-        sampled.mask,
-        rollout_log_probs=sampled.log_probs,
+    batch = rows._replace(
+        completions=sampled.completions, mask=sampled.mask, rollout_log_probs=sampled.log_probs
     )
-    if prompts.context_tokens is not None:
-        batch = batch._replace(
-            teacher_prompts=np.repeat(prompts.context_tokens, n, axis=0),
-            teacher_prompt_lengths=np.repeat(prompts.context_lengths, n),
-        )
-    if config.objective == "grpo":
-        rewards = _rewards(setup, prompts, np.asarray(sampled.completions), mask)
-        groups = rewards.reshape(-1, n)
-        metrics["reward"] = float(rewards.mean())
-        metrics["constant_groups"] = float(np.mean(groups.min(1) == groups.max(1)))
-        advantages = np.asarray(losses.group_advantages(rewards, n))
-        batch = batch._replace(advantages=np.where(mask, advantages[:, None], np.float32(0)))
+    return _Drawn(batch, np.asarray(sampled.finish))
+
+
+def _ends(finish: np.ndarray) -> dict[str, float]:
+    return {"truncation_rate": float(np.mean(finish == 0)), "eos_rate": float(np.mean(finish == 1))}
+
+
+def _without_truncated(batch: Batch, finish: np.ndarray) -> Batch:
+    return batch._replace(mask=np.asarray(losses.loss_mask(batch.mask, truncated=finish == 0)))
+
+
+def _rewarded(setup, params, step, key, on_progress) -> tuple[Batch, dict[str, float]]:
+    """Completions with the advantages of their rewards within each prompt's group.
+
+    With dynamic sampling, groups whose rewards are all equal make room for the informative ones of further
+    rounds, as long as there are rounds left (DAPO).
+    """
+    config, n, model = setup.config, setup.config.samples_per_prompt, setup.model(params)
+    parts: list[tuple[Batch, np.ndarray, np.ndarray]] = []  # batch, rewards, finish: of kept groups
+    metrics, count, limit = {}, 0, _horizon(setup, step)
+    for turn in range(config.dynamic_sampling + 1):
+        prompts = setup.prompts[step + turn * _REFILL]
+        round_key = key if turn == 0 else jax.random.fold_in(jax.random.fold_in(key, _ROUND), turn)
+        batch, finish = _sample(setup, model, prompts, round_key, on_progress, limit)
+        batch = jax.tree.map(np.asarray, batch)
+        correct = _rewards(setup, prompts, batch.completions, batch.mask)
+        rewards = correct
+        if config.overlong_buffer:
+            penalty = losses.overlong_penalty(
+                batch.mask.sum(-1), config.max_new_tokens, config.overlong_buffer
+            )
+            rewards = correct + np.asarray(penalty)
+        informative = np.asarray(losses.informative_groups(correct, n))
+        if turn == 0:
+            metrics = {"reward": float(correct.mean()), "constant_groups": float(1 - informative.mean())}
+            metrics |= _ends(finish)
+            spare = (batch, rewards, finish, ~informative)
+        chosen = np.ones_like(informative) if config.dynamic_sampling == 0 else informative
+        parts.append(jax.tree.map(lambda a, rows=chosen: a[rows], (batch, rewards, finish)))
+        count += int(chosen.sum())
+        if count >= config.batch_size:
+            break
+    if config.dynamic_sampling:
+        metrics["sampling_rounds"] = len(parts)
+        parts.append(jax.tree.map(lambda a: a[spare[3]], spare[:3]))  # constant groups fill what is left
+    batch, rewards, finish = jax.tree.map(lambda *a: np.concatenate(a)[: config.batch_size], *parts)
+    advantages = np.asarray(losses.group_advantages(rewards, n, normalise=config.normalise_advantages))
+    batch = batch._replace(advantages=np.where(batch.mask, advantages[:, None], np.float32(0)))
+    if config.tokens.drop_truncated:
+        batch = _without_truncated(batch, finish)
     return batch, metrics
 
 

@@ -2,10 +2,8 @@
 
 import dataclasses
 import os
-import signal
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +14,17 @@ from flax import nnx
 from opd_jax import models, tasks
 from opd_jax.config import Config
 from opd_jax.rollout import Sampling
-from opd_jax.training._batches import make_batch
+from opd_jax.training._batches import make_batch, weigh
 from opd_jax.training._checkpoint import Checkpoints
 from opd_jax.training._errors import CheckpointError, Interrupted, TrainingError
+from opd_jax.training._extrapolation import Extrapolation
 from opd_jax.training._logging import Display, Loggers, require_loggers
+from opd_jax.training._process import Clock, on_signal
 from opd_jax.training._run import RunFolder
 from opd_jax.training._setup import Setup, prepare
 from opd_jax.training._step import Batch, State
 
-_ROLLOUT, _EVALUATION = 0, 1  # one key per purpose
+_ROLLOUT, _EVALUATION, _SEARCH = 0, 1, 2  # one key per purpose
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +39,8 @@ class Result:
         seconds: spent in steps, over all starts of the run.
         tokens: completion tokens trained on.
         prompt: a prompt of the training data.
+        reached: (steps, tokens) at the first evaluation with accuracy `evaluation.target`; None: never.
+        searches: accepted searches, seconds and tokens that all searches took; None without extrapolation.
     """
 
     model: Path
@@ -48,6 +50,8 @@ class Result:
     seconds: float
     tokens: int
     prompt: str
+    reached: tuple[int, int] | None = None
+    searches: tuple[int, float, int] | None = None
 
 
 def train(config: Config) -> Result:
@@ -99,8 +103,13 @@ class _Record:
     """What a checkpoint holds besides arrays and its step."""
 
     evaluated: int = -1
+    searched: int = 0
     seconds: float = 0.0
     tokens: int = 0
+    search_seconds: float = 0.0
+    search_tokens: int = 0
+    accepted: int = 0
+    reached: tuple[int, int] | None = None
     before: dict[str, float] = dataclasses.field(default_factory=dict)
     after: dict[str, float] = dataclasses.field(default_factory=dict)
     teacher: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -127,6 +136,10 @@ class _Run:
         self.bad_steps = 0
         self.stop = False
         self.loggers = Loggers(folder, self.config, start=step)
+        self.extrapolation = None
+        if self.config.foresight.extrapolate.schedule != "off":
+            key = self._key(_SEARCH, 0)
+            self.extrapolation = Extrapolation(setup, folder, state.params, key, self._check_stop)
 
     @property
     def state(self) -> State:
@@ -138,7 +151,7 @@ class _Run:
 
     def run(self) -> Result:
         record = self.record
-        with _on_signal(self._ask_to_stop):
+        with on_signal(self._ask_to_stop):
             try:
                 self._loop()
                 self._save_at_end()
@@ -150,6 +163,8 @@ class _Run:
                     record.seconds,
                     record.tokens,
                     self.setup.prompts.task[0].text,
+                    record.reached and tuple(record.reached),
+                    self.extrapolation and (record.accepted, record.search_seconds, record.search_tokens),
                 )
             except Interrupted:
                 self._save_at_end()
@@ -166,6 +181,8 @@ class _Run:
         config, retry = self.config, False
         self.display.status("compiling")
         while True:
+            if self._search_due():
+                self._search()
             if self._evaluation_due():
                 self._evaluate()
             retry |= self._write_failed()
@@ -192,16 +209,18 @@ class _Run:
 
     def _one_step(self) -> dict[str, float]:
         """Samples, scores and updates on the next batch."""
-        clock, step = _Clock(), self.step
+        clock, step = Clock(), self.step
         key = self._key(_ROLLOUT, step)
         batch, metrics = make_batch(self.setup, self.state.params, step, key, lambda _: self._check_stop())
         clock.lap("rollout", batch)
-        hidden = teacher_params = None
-        if self.setup.teacher is not None:
-            teacher_params = nnx.state(self.setup.teacher)
-            hidden = self.setup.score(teacher_params, batch)
-            clock.lap("scoring", hidden)
-        state, measured = self.setup.update(self.state, teacher_params, batch, hidden)
+        batch, teacher_params, hidden = self.setup.scorer.score(self.state, batch)
+        if self.setup.scorer.measures:
+            looked = self.setup.scorer.measure(self.state, teacher_params, batch, hidden)
+            batch, weighed = weigh(self.setup, batch, looked)
+            metrics |= weighed
+        if self.setup.scorer.passes:
+            clock.lap("scoring", (batch, hidden))
+        state, measured = self.setup.update(self.state, teacher_params, batch, hidden, self.setup.frozen)
         self._now = (state, step + 1)
         clock.lap("update", state)
         metrics |= {name: float(value) for name, value in measured.items()}
@@ -227,6 +246,26 @@ class _Run:
     def _key(self, purpose: int, step: int) -> jax.Array:
         return jax.random.fold_in(jax.random.fold_in(self.setup.key, purpose), step)
 
+    def _search_due(self) -> bool:
+        if self.extrapolation is None or self.record.searched == self.step:
+            return False
+        return self.extrapolation.due(self.step)
+
+    def _search(self) -> None:
+        """Extrapolates; what is interrupted here is done again after a resume."""
+        before, start = self.extrapolation.tokens, time.perf_counter()
+        state, found = self.extrapolation.search(self.state)
+        self._now = (state, self.step)
+        record, seconds = self.record, time.perf_counter() - start
+        record.searched, record.accepted = self.step, record.accepted + bool(found["extrapolate_factor"])
+        record.seconds, record.search_seconds = record.seconds + seconds, record.search_seconds + seconds
+        record.search_tokens += self.extrapolation.tokens - before
+        self._write(self.loggers.write, self.step, found)
+        self.display.print(
+            f"step {self.step}: extrapolated by {found['extrapolate_factor']:g}: score "
+            f"{found['extrapolate_start']:.4f} -> {found['extrapolate_score']:.4f}, {seconds:.1f} s"
+        )
+
     def _evaluation_due(self) -> bool:
         step, every = self.step, self.config.evaluation.every
         if self.setup.held_out is None or self.record.evaluated == step:
@@ -241,7 +280,9 @@ class _Run:
         metrics, samples = self._accuracy(self.setup.model(self.state.params), "evaluating the student")
         self._announce("student" if step else "student before training", metrics)
         record.before, record.after = record.before or metrics, metrics
-        record.evaluated = step
+        record.evaluated, target = step, self.config.evaluation.target
+        if target is not None and record.reached is None and metrics["accuracy"] >= target:
+            record.reached = (step, record.tokens)
         self.display.keep({"accuracy": metrics["accuracy"]})
         self._write(self.loggers.write, step, metrics)
         samples = samples[: self.config.logging.samples]
@@ -337,7 +378,15 @@ class _Run:
 
     def _export(self) -> Path:
         self.display.status(f"writing {self.folder.model}")
-        models.save(self.setup.model(self.state.params), self.folder.model)
+        lora, params = self.config.lora, self.state.params
+        if not lora.rank:
+            models.save(self.setup.model(params), self.folder.model)
+            return self.folder.model
+        adapted = nnx.merge(self.setup.graphdef, params, self.setup.frozen)
+        if lora.save == "adapter":
+            models.save_lora(adapted, self.folder.model, base=self.config.student.path)
+        else:
+            models.save(models.merge_lora(adapted), self.folder.model)
         return self.folder.model
 
     def _ask_to_stop(self) -> None:
@@ -348,45 +397,3 @@ class _Run:
     def _check_stop(self) -> None:
         if self.stop:
             raise Interrupted
-
-
-class _Clock:
-    """Seconds of each part of a step."""
-
-    def __init__(self):
-        self._parts: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, name: str, result: Any) -> None:
-        jax.block_until_ready(result)
-        now = time.perf_counter()
-        self._parts[name], self._last = now - self._last, now
-
-    def metrics(self, tokens: int) -> dict[str, float]:
-        total = sum(self._parts.values())
-        metrics = {"step_seconds": total, "tokens_per_second": tokens / total}
-        for name, seconds in self._parts.items():
-            metrics[f"{name}_share"] = seconds / total
-            metrics[f"{name}_tokens_per_second"] = tokens / seconds
-        return metrics
-
-
-@contextmanager
-def _on_signal(ask: Callable[[], None]):
-    """Calls `ask` on the first Ctrl-C or SIGTERM; a second one acts as usual."""
-    old = {}
-
-    def handle(number, frame):
-        signal.signal(number, old[number])
-        ask()
-
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            old[number] = signal.signal(number, handle)
-    except ValueError:  # not the main thread: the program around us handles signals
-        pass
-    try:
-        yield
-    finally:
-        for number, before in old.items():
-            signal.signal(number, before)

@@ -1,6 +1,12 @@
-"""What is minimised, token by token, and what is reported about each token."""
+"""What is minimised, and what is reported about each token.
+
+An objective is a sum of terms. Some need the whole distribution at one token and nothing else: they are
+computed where the logits are, a chunk of tokens at a time. The others need the sampled tokens' log-probs of
+whole completions.
+"""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -10,6 +16,19 @@ from opd_jax import losses
 from opd_jax.config import Config
 
 _TOP = 16
+DIVERGENCES = {
+    name: getattr(losses, name)
+    for name in (
+        "reverse_kl",
+        "forward_kl",
+        "jsd",
+        "skew_kl",
+        "skew_reverse_kl",
+        "mixed_kl",
+        "entropy_aware_kl",
+        "total_variation",
+    )
+}
 
 
 class Tokens(NamedTuple):
@@ -21,62 +40,168 @@ class Tokens(NamedTuple):
         student: log-probs of every next token, [B, N, V] float32.
         teacher: the same, or None.
         rollout_log_probs: [B, N] float32 of the sampled tokens when they were sampled, or None.
-        advantages: [B, N] float32, or None.
+        support: [B, N, K] int32, the tokens that a cached teacher knows, or None.
+        support_log_probs: [B, N, K + 1] float32, the teacher's on them and on all others together.
     """
 
     ids: jax.Array
     mask: jax.Array
     student: jax.Array
-    teacher: jax.Array | None
-    rollout_log_probs: jax.Array | None
-    advantages: jax.Array | None
+    teacher: jax.Array | None = None
+    rollout_log_probs: jax.Array | None = None
+    support: jax.Array | None = None
+    support_log_probs: jax.Array | None = None
 
     def log_probs(self, distribution: jax.Array) -> jax.Array:
         """Those of the tokens themselves, [B, N, V] -> [B, N]."""
         return jnp.take_along_axis(distribution, self.ids[..., None], axis=-1)[..., 0]
 
 
-Objective = Callable[[Tokens], jax.Array]
-"""Per-token loss [B, N] float32; 0 where the mask is 0, whatever stands there."""
+class Completions(NamedTuple):
+    """Log-probs of the sampled tokens of whole completions, float32; what there is not is None.
+
+    Attributes:
+        mask: [B, N] bool, 1 = counts.
+        student: [B, N], the only one that is differentiated.
+        teacher: [B, N]; [B, M] of its own tokens where it has another tokenizer.
+        rollout: [B, N], when they were sampled.
+        reference: [B, N].
+        advantages: [B, N], of the task's reward.
+        spans: [B, N] int32, -1 = none: which piece of text a token belongs to (another tokenizer).
+        teacher_spans: [B, M] int32.
+    """
+
+    mask: jax.Array
+    student: jax.Array
+    teacher: jax.Array | None = None
+    rollout: jax.Array | None = None
+    reference: jax.Array | None = None
+    advantages: jax.Array | None = None
+    spans: jax.Array | None = None
+    teacher_spans: jax.Array | None = None
+
+
+class Term(NamedTuple):
+    """One summand of an objective.
+
+    Attributes:
+        name: under which it is logged, if there are several.
+        loss: per-token loss [B, N] float32 of `Tokens` or of `Completions`; 0 where the mask is 0.
+        whole: whether it takes `Completions`.
+    """
+
+    name: str
+    loss: Callable[[Tokens], jax.Array] | Callable[[Completions], jax.Array]
+    whole: bool = False
+
+
+Objective = tuple[Term, ...]
 
 
 def make_objective(config: Config) -> Objective:
     """The objective that a validated config asks for."""
     if config.objective == "sft":
-        return _cross_entropy
+        return (Term("cross_entropy", _cross_entropy),)
     if config.objective == "grpo":
-
-        def grpo(tokens: Tokens) -> jax.Array:
-            loss = losses.clipped_policy_gradient(
-                tokens.log_probs(tokens.student),
-                tokens.rollout_log_probs,
-                tokens.advantages,
-                clip=config.ratio_clip,
-                where=tokens.mask,
-            )
-            if tokens.teacher is None:
-                return loss
+        terms = (Term("task", partial(_clipped, clip=config.ratio_clip), whole=True),)
+        if config.kl_coefficient:
             # The exact divergence: the usual k3 estimate has the gradient of the forward one.
-            return loss + config.kl_coefficient * _reverse_kl(tokens)
-
-        return grpo
-    if config.loss == "sampled_reverse_kl":
-        return lambda tokens: losses.sampled_reverse_kl(
-            tokens.log_probs(tokens.student),
-            tokens.log_probs(tokens.teacher),
-            tokens.rollout_log_probs,
-            importance_clip=config.importance_clip,
-            where=tokens.mask,
+            terms += (Term("kl", lambda tokens: config.kl_coefficient * _reverse_kl(tokens)),)
+        return terms
+    terms = (_distillation(config),)
+    if config.task_weight:
+        terms += (
+            Term("task", partial(_task, weight=config.task_weight, bound=config.importance_clip), True),
         )
-    return _reverse_kl
+    return terms
 
 
-def _reverse_kl(tokens: Tokens) -> jax.Array:
-    return losses.reverse_kl(tokens.student, tokens.teacher, where=tokens.mask[..., None])
+def _distillation(config: Config) -> Term:
+    name, options = config.loss or "reverse_kl", config.loss_options
+    if name in DIVERGENCES:
+        divergence = partial(DIVERGENCES[name], **options)
+        if config.teacher.cache:
+            return Term("distillation", partial(_cached, divergence=divergence))
+        if config.loss_top_k:
+            divergence = partial(losses.top_k, divergence, k=config.loss_top_k, support=config.loss_support)
+            return Term("distillation", partial(_top_k, divergence=divergence))
+        return Term("distillation", partial(_full, divergence=divergence))
+    options = dict(options, importance_clip=config.importance_clip)
+    if name == "sampled_tail_reverse_kl":
+        options |= dict(k=config.loss_top_k, support=config.loss_support)
+        return Term("distillation", partial(_sampled_tail, options=options))
+    if name == "extrapolated_reverse_kl":
+        return Term("distillation", partial(_extrapolated, **options), whole=True)
+    if config.teacher.align:
+        return Term("distillation", partial(_spans, options=options), whole=True)
+    return Term("distillation", partial(_sampled, options=options), whole=True)
 
 
 def _cross_entropy(tokens: Tokens) -> jax.Array:
     return -jnp.where(tokens.mask, tokens.log_probs(tokens.student), 0.0)
+
+
+def _full(tokens: Tokens, divergence: Callable) -> jax.Array:
+    return divergence(tokens.student, tokens.teacher, where=tokens.mask[..., None])
+
+
+_reverse_kl = partial(_full, divergence=losses.reverse_kl)
+
+
+def _top_k(tokens: Tokens, divergence: Callable) -> jax.Array:
+    return jnp.where(tokens.mask, divergence(tokens.student, tokens.teacher), 0.0)
+
+
+def _cached(tokens: Tokens, divergence: Callable) -> jax.Array:
+    support = losses.Support(tokens.support, jnp.ones(tokens.support.shape, bool))
+    student = losses.coarsen(tokens.student, support)
+    return divergence(student, tokens.support_log_probs, where=tokens.mask[..., None])
+
+
+def _sampled_tail(tokens: Tokens, options: dict) -> jax.Array:
+    return losses.sampled_tail_reverse_kl(
+        tokens.student,
+        tokens.teacher,
+        tokens.ids,
+        rollout_log_probs=tokens.rollout_log_probs,
+        where=tokens.mask,
+        **options,
+    )
+
+
+def _sampled(batch: Completions, options: dict) -> jax.Array:
+    return losses.sampled_reverse_kl(batch.student, batch.teacher, batch.rollout, where=batch.mask, **options)
+
+
+def _spans(batch: Completions, options: dict) -> jax.Array:
+    return losses.span_reverse_kl(
+        batch.student,
+        batch.spans,
+        batch.teacher,
+        batch.teacher_spans,
+        batch.rollout,
+        where=batch.mask,
+        **options,
+    )
+
+
+def _extrapolated(batch: Completions, importance_clip: float, scale: float = 1.25) -> jax.Array:
+    advantages = losses.extrapolated_advantages(
+        batch.student, batch.teacher, batch.reference, scale, where=batch.mask
+    )
+    return losses.policy_gradient(batch.student, batch.rollout, advantages, importance_clip, where=batch.mask)
+
+
+def _task(batch: Completions, weight: float, bound: float) -> jax.Array:
+    return losses.policy_gradient(
+        batch.student, batch.rollout, weight * batch.advantages, bound, where=batch.mask
+    )
+
+
+def _clipped(batch: Completions, clip: tuple[float, float]) -> jax.Array:
+    return losses.clipped_policy_gradient(
+        batch.student, batch.rollout, batch.advantages, clip=clip, where=batch.mask
+    )
 
 
 def statistics(tokens: Tokens, weight_bounds: tuple[float, float]) -> dict[str, jax.Array]:
@@ -114,11 +239,9 @@ def weight_bounds(config: Config) -> tuple[float, float]:
     return 0.0, config.importance_clip
 
 
-def token_weights(mask: jax.Array, objective: str) -> jax.Array:
-    """Weight of each token's loss, [B, N]: the mean over the tokens of the whole batch, or, for grpo, over
-    each completion's tokens and then over completions. From the whole batch, so that no split of it into
-    micro-batches or devices changes the loss."""
-    mask = mask.astype(jnp.float32)
-    if objective == "grpo":
-        return mask / jnp.maximum(mask.sum(-1, keepdims=True), 1.0) / mask.shape[0]
-    return mask / jnp.maximum(mask.sum(), 1.0)
+def token_weights(mask: jax.Array, config: Config) -> jax.Array:
+    """Weight of each token's loss, [B, N], from the whole batch, so that no split of it into micro-batches or
+    devices changes the loss: by default the mean over tokens, for grpo over tokens and then completions."""
+    how = config.aggregation or ("sequence" if config.objective == "grpo" else "token")
+    limit = config.max_new_tokens if how == "constant" else None
+    return losses.aggregation_weights(mask, how, max_length=limit, sequences=mask.shape[0])

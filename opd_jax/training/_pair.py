@@ -3,7 +3,9 @@
 from typing import Any
 
 
-def check_pair(student: Any, teacher: Any, *, stops: tuple, teacher_stops: tuple, chat: bool) -> None:
+def check_pair(
+    student: Any, teacher: Any, *, stops: tuple, teacher_stops: tuple, chat: bool, name: str = "teacher"
+) -> None:
     """Compares the tokenizers of student and teacher.
 
     Args:
@@ -12,6 +14,7 @@ def check_pair(student: Any, teacher: Any, *, stops: tuple, teacher_stops: tuple
         stops: ids that end the student's completions.
         teacher_stops: ids that end the teacher's.
         chat: whether prompts pass through a chat template.
+        name: of the teacher, for the error.
 
     Raises:
         ValueError: if the same text or the same end would mean different tokens to the two; all that
@@ -28,7 +31,7 @@ def check_pair(student: Any, teacher: Any, *, stops: tuple, teacher_stops: tuple
         problems.append(
             f"their vocabularies differ in {len(differing)} entries: {token!r} is id {mine.get(token)} "
             f"to the student ({len(mine)} entries) and {theirs.get(token)} to the teacher ({len(theirs)}); "
-            "distillation token by token needs two models of one tokenizer"
+            "distillation token by token needs two models of one tokenizer (see teacher.align)"
         )
     elif set(stops) != set(teacher_stops):
         names = [sorted(map(str, student.convert_ids_to_tokens(list(s)))) for s in (stops, teacher_stops)]
@@ -48,7 +51,7 @@ def check_pair(student: Any, teacher: Any, *, stops: tuple, teacher_stops: tuple
             "set data.chat: never"
         )
     if problems:
-        raise ValueError("the teacher does not fit the student:\n" + "\n".join(f"  - {p}" for p in problems))
+        raise ValueError(f"the {name} does not fit the student:\n" + "\n".join(f"  - {p}" for p in problems))
 
 
 def check_width(name: str, vocab_size: int, tokenizer: Any) -> None:

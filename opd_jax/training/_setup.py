@@ -1,22 +1,27 @@
 """Everything a run needs, checked and loaded in an order that fails early."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
 
 from opd_jax import models, tasks
-from opd_jax.config import Config
+from opd_jax.config import Config, TeacherConfig
 from opd_jax.parallel import make_mesh
 from opd_jax.training._logging import Display
 from opd_jax.training._objectives import make_objective, weight_bounds
 from opd_jax.training._optimizer import init_optimizer, make_optimizer
 from opd_jax.training._pair import check_pair, check_width
-from opd_jax.training._step import State, make_score, make_update
+from opd_jax.training._retokenize import Retokenize
+from opd_jax.training._scoring import Scorer
+from opd_jax.training._step import State, make_update
+from opd_jax.training._teacher_cache import TeacherCache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,16 +36,24 @@ class Setup:
     held_out: tasks.Prompts | None
     graphdef: nnx.GraphDef
     """The student's; the loop holds its parameters."""
+    frozen: Any
+    """Parameters of the student that are not trained, in the computation dtype; None: all are."""
     teacher: models.Decoder | None
+    """The teacher, if there is one that does not change."""
+    teacher_of: np.ndarray | None
+    """[examples] int32, which of several teachers an example of the data set has."""
+    cache: TeacherCache | None
+    retokenize: Retokenize | None
+    scorer: Scorer
     update: Any
-    score: Any
     key: jax.Array
 
     def model(self, params: Any) -> models.Decoder:
-        """The student as it samples, is evaluated and saved: in the computation dtype."""
+        """The student as it samples and is evaluated, in the computation dtype. Adapters stay apart: rounded
+        into bfloat16 weights, the sampler would not be the model that is trained."""
         if self.config.student.dtype != "float32":
             params = _cast(params, self.config.student.dtype)
-        return nnx.merge(self.graphdef, params)
+        return nnx.merge(self.graphdef, *([params] if self.frozen is None else [params, self.frozen]))
 
 
 @jax.jit(static_argnames="dtype")
@@ -55,45 +68,38 @@ def prepare(config: Config, display: Display) -> tuple[Setup, State]:
         ValueError: with what is wrong, before any weight is loaded where it can be known by then.
     """
     mesh = make_mesh(**dataclasses.asdict(config.mesh))
-    _check_rows("batch_size / micro_batches", config.batch_size // config.micro_batches, mesh)
-    if config.evaluation.prompts:
-        _check_rows("evaluation.batch_size", config.evaluation.batch_size, mesh)
-    display.status("reading tokenizers and data")
-    tokenizer = models.load_tokenizer(config.student.path)
-    stops = models.stop_token_ids(config.student.path, tokenizer)
-    teacher_tokenizer = models.load_tokenizer(config.teacher.path) if config.teacher.path else None
-    if teacher_tokenizer is not None:
-        check_pair(
-            tokenizer,
-            teacher_tokenizer,
-            stops=stops,
-            teacher_stops=models.stop_token_ids(config.teacher.path, teacher_tokenizer),
-            chat=config.data.chat == "auto",
+    tokenizer, stops, prompts, held_out = read_data(config, mesh, display)
+    teacher_of = _teacher_of(config, prompts)
+    cache = None
+    if config.teacher.cache is not None:
+        cache = TeacherCache.open(
+            config.teacher.cache,
+            tokenizer=tokenizer,
+            vocab_size=models.load_config(config.student.path).vocab_size,
+            top_k=config.teacher.cache_top_k,
+            temperature=config.loss_temperature,
         )
-    prompts, held_out = _data(config, tokenizer, display)
-    _check_lengths(config, prompts, held_out)
-    display.status(f"loading the student {config.student.path}")
-    student = models.load(
-        config.student.path,
-        dtype=jnp.float32,
-        mesh=mesh,
-        attention=config.student.attention,
-        remat=config.student.remat,
-    )
-    check_width("student", student.config.vocab_size, tokenizer)
-    teacher = None
-    if config.teacher.path:
-        display.status(f"loading the teacher {config.teacher.path}")
-        teacher = models.load(
-            config.teacher.path,
-            dtype=jnp.dtype(config.teacher.dtype),
-            mesh=mesh,
-            attention=config.teacher.attention,
-        )
-        check_width("teacher", teacher.config.vocab_size, tokenizer)
+    retokenize = None
+    if config.teacher.align:
+        retokenize = Retokenize(config, tokenizer, stops, prompts)
+
+    student, frozen = _student(config, tokenizer, mesh, display)
+    graphdef, params = student
+    load = functools.partial(load_model, mesh=mesh, display=display, tokenizer=tokenizer)
+    teachers = []
+    if config.teacher.ema is None and cache is None:
+        teachers = [load(_called("teacher", name), each) for name, each in config.all_teachers.items()]
+    reference = None
+    if config.loss == "extrapolated_reverse_kl":
+        own = dataclasses.replace(config.reference, path=config.reference.path or config.student.path)
+        reference = load("reference", own)
+    scored = [] if config.objective == "sft" or config.teacher.align else teachers
+    aligned = teachers[0] if config.teacher.align else None
+    scorer = Scorer(config, graphdef, frozen, scored, aligned=aligned, reference=reference)
     optimizer = make_optimizer(config.optimizer)
-    graphdef, params = nnx.split(student)
-    state = State(params, init_optimizer(optimizer, params))
+    average = None if config.teacher.ema is None else jax.tree.map(jnp.copy, params)
+    anchor = None if config.foresight.extrapolate.schedule == "off" else jax.tree.map(jnp.copy, params)
+    state = State(params, init_optimizer(optimizer, params), average, anchor)
     setup = Setup(
         config=config,
         mesh=mesh,
@@ -102,30 +108,123 @@ def prepare(config: Config, display: Display) -> tuple[Setup, State]:
         prompts=prompts,
         held_out=held_out,
         graphdef=graphdef,
-        teacher=teacher,
+        frozen=frozen,
+        teacher=teachers[0] if len(teachers) == 1 else None,
+        teacher_of=teacher_of,
+        cache=cache,
+        retokenize=retokenize,
+        scorer=scorer,
+        update=_update(config, graphdef, scorer, optimizer, jax.tree.map(lambda a: a.sharding, state)),
         key=jax.random.key(config.seed),
-        **_steps(config, graphdef, teacher, optimizer, jax.tree.map(lambda a: a.sharding, state)),
     )
     return setup, state
 
 
-def _steps(
-    config: Config, graphdef, teacher, optimizer: optax.GradientTransformation, shardings: State
-) -> dict[str, Any]:
-    teacher_graphdef = None if teacher is None else nnx.graphdef(teacher)
-    update = make_update(
+def read_data(
+    config: Config, mesh: Mesh, display: Display
+) -> tuple[Any, tuple[int, ...], tasks.Prompts, tasks.Prompts | None]:
+    """Tokenizer, ids that end a completion, training prompts and held-out prompts; all that can be checked
+    of them without weights is checked.
+
+    Raises:
+        ValueError: with what is wrong.
+    """
+    _check_rows("batch_size / micro_batches", config.batch_size // config.micro_batches, mesh)
+    if config.evaluation.prompts:
+        _check_rows("evaluation.batch_size", config.evaluation.batch_size, mesh)
+    display.status("reading tokenizers and data")
+    tokenizer = models.load_tokenizer(config.student.path)
+    stops = models.stop_token_ids(config.student.path, tokenizer)
+    for name, each in config.all_teachers.items():
+        _check_tokenizers(config, name, each, tokenizer, stops)
+    prompts, held_out = _data(config, tokenizer, display)
+    _check_lengths(config, prompts, held_out)
+    return tokenizer, stops, prompts, held_out
+
+
+def _student(config: Config, tokenizer: Any, mesh: Mesh, display: Display) -> tuple[tuple, Any]:
+    """((graph definition, trained parameters), frozen parameters or None)."""
+    adapted = config.lora.rank > 0
+    own = dataclasses.replace(config.student, dtype=config.student.dtype if adapted else "float32")
+    student = load_model("student", own, mesh, display, tokenizer)
+    if not adapted:
+        return nnx.split(student), None
+    lora = config.lora
+    student = models.add_lora(
+        student, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, key=jax.random.key(config.seed)
+    )
+    graphdef, params, frozen = nnx.split(student, models.LoRAParam, ...)
+    return (graphdef, params), frozen
+
+
+def load_model(name: str, model: Any, mesh: Mesh, display: Display, tokenizer: Any) -> models.Decoder:
+    """The model of a section of the config, on the mesh."""
+    display.status(f"loading the {name} {model.path}")
+    loaded = models.load(
+        model.path,
+        dtype=jnp.dtype(model.dtype),
+        mesh=mesh,
+        attention=model.attention,
+        remat=getattr(model, "remat", False),
+    )
+    if not getattr(model, "align", False):
+        check_width(name, loaded.config.vocab_size, tokenizer)
+    return loaded
+
+
+def _called(kind: str, name: str) -> str:
+    return f"{kind} {name}".strip()
+
+
+def _check_tokenizers(
+    config: Config, name: str, teacher: TeacherConfig, tokenizer: Any, stops: tuple
+) -> None:
+    theirs = models.load_tokenizer(teacher.path)
+    if teacher.align:
+        return
+    check_pair(
+        tokenizer,
+        theirs,
+        stops=stops,
+        teacher_stops=models.stop_token_ids(teacher.path, theirs),
+        chat=config.data.chat == "auto",
+        name=_called("teacher", name),
+    )
+
+
+def _update(
+    config: Config, graphdef, scorer: Scorer, optimizer: optax.GradientTransformation, shardings: State
+) -> Any:
+    return make_update(
         graphdef,
-        teacher_graphdef,
+        scorer.graphdefs,
         optimizer,
         make_objective(config),
         weight_bounds=weight_bounds(config),
         dtype=jnp.dtype(config.student.dtype),
         micro_batches=config.micro_batches,
         loss_chunk=config.loss_chunk,
+        temperature=config.loss_temperature,
+        ema=config.teacher.ema,
         shardings=shardings,
     )
-    score = None if teacher is None else make_score(teacher_graphdef, config.micro_batches)
-    return dict(update=update, score=score)
+
+
+def _teacher_of(config: Config, prompts: tasks.Prompts) -> np.ndarray | None:
+    """Which teacher each example of the data set has, by the column `data.teacher`."""
+    if not config.teachers:
+        return None
+    names, column = list(config.teachers), config.data.teacher
+    rows = np.zeros(len(prompts.task), np.int32)
+    for index in prompts.kept:
+        tag = prompts.task[int(index)].metadata.get(column)
+        if tag not in names:
+            raise ValueError(
+                f"example {index} has {column} = {tag!r} (data.teacher), which is none of the teachers "
+                f"{', '.join(names)}"
+            )
+        rows[index] = names.index(tag)
+    return rows
 
 
 def _data(config: Config, tokenizer: Any, display: Display) -> tuple[tasks.Prompts, tasks.Prompts | None]:
@@ -138,7 +237,7 @@ def _data(config: Config, tokenizer: Any, display: Display) -> tuple[tasks.Promp
         batch_size=config.batch_size // config.samples_per_prompt,
         seed=config.seed,
         context_template=config.teacher.context,
-        max_completion_length=config.max_new_tokens if config.objective == "sft" else None,
+        max_completion_length=config.max_new_tokens if _demonstrated(config) else None,
         progress=display.task("rendering prompts", len(task)),
         **shared,
     )
@@ -158,6 +257,12 @@ def _data(config: Config, tokenizer: Any, display: Display) -> tuple[tasks.Promp
     )
     _report(display, held_out, min(len(task), evaluation.prompts), "held-out")
     return prompts, held_out
+
+
+def _demonstrated(config: Config) -> bool:
+    """Whether the data set's completions are learned from."""
+    off_policy = config.objective == "sft" or (config.objective == "opd" and config.lmbda < 1)
+    return off_policy and config.off_policy == "data"
 
 
 def _report(display: Display, prompts: tasks.Prompts, total: int, kind: str) -> None:
@@ -182,9 +287,11 @@ def _check_lengths(config: Config, prompts: tasks.Prompts, held_out: tasks.Promp
     """Raises ValueError if a prompt and its completion can be longer than a model's context."""
     longest = max(p.longest for p in (prompts, held_out) if p is not None)
     wanted = [("student", config.student.path, "data.max_prompt_length", longest)]
-    if config.teacher.path:
+    for name, teacher in config.all_teachers.items():
+        if teacher.align:  # counts in tokens of its own
+            continue
         context = prompts.context_longest or longest
-        wanted.append(("teacher", config.teacher.path, "teacher.context", context))
+        wanted.append((_called("teacher", name), teacher.path, "teacher.context", context))
     for name, path, key, prompt in wanted:
         limit = models.load_config(path).max_length
         if prompt + config.max_new_tokens > limit:

@@ -6,7 +6,7 @@ Logits exist for `loss_chunk` tokens at a time, in the forward and in the backwa
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +15,7 @@ import optax
 from flax import nnx
 
 from opd_jax.models._protocol import LanguageModel, hidden_states, unembed
-from opd_jax.training._objectives import Objective, Tokens, statistics
+from opd_jax.training._objectives import Completions, Objective, Tokens, statistics
 
 
 class Batch(NamedTuple):
@@ -31,6 +31,14 @@ class Batch(NamedTuple):
         advantages: [B, N] float32.
         teacher_prompts: [B, P'] int32, where the teacher sees another prompt.
         teacher_prompt_lengths: [B] int32.
+        teacher_rows: [B] int32, which of several teachers a row learns from.
+        reference_log_probs: [B, N] float32, of a reference model.
+        teacher_completions: [B, M] int32, the completions in the teacher's own tokens.
+        spans: [B, N] int32, the piece of text that a token belongs to, -1 = none.
+        teacher_spans: [B, M] int32, of the teacher's tokens.
+        teacher_log_probs: [B, M] float32, of the teacher's tokens.
+        support: [B, N, K] int32, the tokens that a cached teacher knows.
+        support_log_probs: [B, N, K + 1] float32, its log-probs of them and of all others together.
     """
 
     prompts: jax.Array
@@ -42,13 +50,30 @@ class Batch(NamedTuple):
     advantages: jax.Array | None = None
     teacher_prompts: jax.Array | None = None
     teacher_prompt_lengths: jax.Array | None = None
+    teacher_rows: jax.Array | None = None
+    reference_log_probs: jax.Array | None = None
+    teacher_completions: jax.Array | None = None
+    spans: jax.Array | None = None
+    teacher_spans: jax.Array | None = None
+    teacher_log_probs: jax.Array | None = None
+    support: jax.Array | None = None
+    support_log_probs: jax.Array | None = None
 
 
 class State(NamedTuple):
-    """What an update changes: everything a run needs besides its config and its step number."""
+    """What an update changes: everything a run needs besides its config and its step number.
+
+    Attributes:
+        params: the trained parameters, float32.
+        opt_state: the optimiser's.
+        ema: exponential moving average of the parameters, where that is the teacher; or None.
+        anchor: parameters at the last search of an extrapolation; or None. An update leaves them.
+    """
 
     params: Any
     opt_state: optax.OptState
+    ema: Any = None
+    anchor: Any = None
 
 
 def completion_states(
@@ -68,12 +93,13 @@ def completion_states(
     return jnp.take_along_axis(hidden, wanted[..., None], axis=1)
 
 
-def make_score(graphdef: nnx.GraphDef, micro_batches: int) -> Callable[[Any, Batch], jax.Array]:
-    """The compiled teacher pass: (params, batch) -> hidden states [B, N, D]; logits never leave the loss."""
+def make_score(graphdef: nnx.GraphDef, micro_batches: int, dtype: Any = None) -> Callable[..., jax.Array]:
+    """The compiled teacher pass: (params, batch, frozen=None) -> hidden states [B, N, D]; logits exist in the
+    loss alone. `dtype` is what the parameters are cast to before, if they are kept in another."""
 
     @jax.jit
-    def score(params, batch: Batch) -> jax.Array:
-        model = nnx.merge(graphdef, params)
+    def score(params, batch: Batch, frozen=None) -> jax.Array:
+        model = _merge(graphdef, params, frozen, dtype)
         own = batch.teacher_prompts is None
         rows = (
             batch.prompts if own else batch.teacher_prompts,
@@ -81,14 +107,68 @@ def make_score(graphdef: nnx.GraphDef, micro_batches: int) -> Callable[[Any, Bat
             batch.completions,
         )
         hidden = jax.lax.map(lambda row: completion_states(model, *row), _split(rows, micro_batches))
-        return jnp.moveaxis(hidden, 0, 1).reshape(-1, *hidden.shape[2:])
+        return _join(hidden)
 
     return score
 
 
+def make_log_probs(graphdef: nnx.GraphDef, micro_batches: int, loss_chunk: int) -> Callable[..., jax.Array]:
+    """The compiled pass of a model that only judges what was sampled: (params, prompts, prompt_lengths,
+    completions) -> log-probs of the completions' tokens [B, N] float32."""
+
+    @jax.jit
+    def log_probs(params, *rows) -> jax.Array:
+        model = nnx.merge(graphdef, params)
+
+        def part(row):
+            hidden, ids = completion_states(model, *row), row[-1]
+            return _over_tokens(
+                lambda tokens: tokens.log_probs(tokens.student),
+                model, (), Batch(*row[:2], ids, jnp.ones(ids.shape, bool)), hidden, (), loss_chunk,
+            )  # fmt: skip
+
+        return _join(jax.lax.map(part, _split(rows, micro_batches)))
+
+    return log_probs
+
+
+def make_measure(
+    graphdef: nnx.GraphDef,
+    teacher_graphdefs: Sequence[nnx.GraphDef],
+    *,
+    dtype: Any = jnp.float32,
+    ema: bool = False,
+    micro_batches: int = 1,
+    loss_chunk: int = 512,
+) -> Callable[..., dict[str, jax.Array]]:
+    """The compiled look at a batch before its update, for what decides which tokens count: (params,
+    teacher_params, batch, teacher_hidden, frozen=None) -> `statistics` and the sampled tokens'
+    `student_log_probs` and `teacher_log_probs`, [B, N] float32 each."""
+
+    def part(params, frozen, teacher_params, batch, teacher_hidden):
+        student = _merge(graphdef, params, frozen, dtype)
+        teachers = _teachers(teacher_graphdefs, teacher_params, frozen, dtype if ema else None)
+        hidden = completion_states(student, batch.prompts, batch.prompt_lengths, batch.completions)
+
+        def look(tokens: Tokens):
+            log_probs = {"student_log_probs": tokens.log_probs(tokens.student)}
+            if tokens.teacher is not None:
+                log_probs["teacher_log_probs"] = tokens.log_probs(tokens.teacher)
+            return statistics(tokens, (0.0, math.inf)) | log_probs
+
+        return _over_tokens(look, student, teachers, batch, hidden, teacher_hidden, loss_chunk)
+
+    @jax.jit
+    def measure(params, teacher_params, batch: Batch, teacher_hidden, frozen=None):
+        parts = _split((batch, teacher_hidden), micro_batches)
+        return _join(jax.lax.map(lambda piece: part(params, frozen, teacher_params, *piece), parts))
+
+    return measure
+
+
 def make_update(
     graphdef: nnx.GraphDef,
-    teacher_graphdef: nnx.GraphDef | None,
+    teacher_graphdefs: Sequence[nnx.GraphDef],
     optimizer: optax.GradientTransformation,
     objective: Objective,
     *,
@@ -96,22 +176,29 @@ def make_update(
     dtype: Any = jnp.float32,
     micro_batches: int = 1,
     loss_chunk: int = 512,
+    temperature: float = 1.0,
+    ema: float | None = None,
     shardings: State | None = None,
-) -> Callable[[State, Any, Batch, jax.Array | None], tuple[State, dict[str, jax.Array]]]:
-    """The compiled update: (state, teacher_params, batch, teacher_hidden) -> (state, metrics).
+) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
+    """The compiled update: (state, teacher_params, batch, teacher_hidden, frozen=None) -> (state, metrics).
 
     The state is donated. Its gradient is that of the whole batch whatever `micro_batches` and
     `loss_chunk` are. A step whose loss or gradient is not finite changes nothing; `finite` tells.
+    `teacher_params` and `teacher_hidden` (from `make_score`) are tuples like `teacher_graphdefs`.
 
     Args:
         graphdef: the student's, from `nnx.split`.
-        teacher_graphdef: the teacher's, or None where the objective has none.
+        teacher_graphdefs: one for each teacher; empty where the objective has none. With several,
+            `batch.teacher_rows` says which of them a row learns from.
         optimizer: any optax transformation.
-        objective: per-token loss.
+        objective: terms whose per-token losses are summed.
         weight_bounds: importance weights outside are counted as clipped.
         dtype: the parameters are cast to it before use; gradients and optimiser stay float32.
         micro_batches: equal parts, one after the other; divides B.
         loss_chunk: tokens whose logits exist at a time.
+        temperature: T, which divides the logits of student and teacher. The gradient of a divergence in the
+            student's logits is 1 / T of that of the divergence in logits / T.
+        ema: decay of `state.ema`, which is then the only teacher: `teacher_params` is not used.
         shardings: of the state, which the new state keeps; without them XLA chooses, and a state laid out
             differently makes the next update compile again.
 
@@ -120,49 +207,65 @@ def make_update(
         the update's global norms, and `finite`.
     """
 
-    def part_loss(params, teacher_params, batch: Batch, teacher_hidden):
-        params = jax.tree.map(lambda p: p.astype(dtype), params)
-        student = nnx.merge(graphdef, params)
-        teacher = None if teacher_graphdef is None else nnx.merge(teacher_graphdef, teacher_params)
+    def part_loss(params, frozen, teacher_params, batch: Batch, teacher_hidden):
+        student = _merge(graphdef, params, frozen, dtype)
+        teachers = _teachers(teacher_graphdefs, teacher_params, frozen, None if ema is None else dtype)
         hidden = completion_states(student, batch.prompts, batch.prompt_lengths, batch.completions)
 
-        @jax.checkpoint
-        def chunk(piece):
-            part, hidden, teacher_hidden = piece
-            tokens = _tokens(student, hidden, teacher, teacher_hidden, part)
-            loss = jnp.sum(objective(tokens) * part.weights)
+        def look(tokens: Tokens):
             stats = jax.lax.stop_gradient(statistics(tokens, weight_bounds))
-            return loss, {k: jnp.sum(jnp.where(part.mask, v, 0.0)) for k, v in stats.items()}
+            theirs = None if tokens.teacher is None else tokens.log_probs(tokens.teacher)
+            at_temperature = tokens if temperature == 1 else _divide(tokens, temperature)
+            terms = {term.name: term.loss(at_temperature) for term in objective if not term.whole}
+            return terms, stats, tokens.mask, tokens.log_probs(tokens.student), theirs
 
-        fields = batch._replace(  # per-row fields have been used
-            prompts=None, prompt_lengths=None, teacher_prompts=None, teacher_prompt_lengths=None
+        terms, stats, mask, log_probs, theirs = _over_tokens(
+            look, student, teachers, batch, hidden, teacher_hidden, loss_chunk
         )
-        pieces = _chunks((fields, hidden, teacher_hidden), loss_chunk)
-        losses, sums = jax.lax.map(chunk, pieces)
-        return losses.sum(), jax.tree.map(jnp.sum, sums)
+        whole = Completions(
+            mask=mask,
+            student=log_probs,
+            teacher=theirs if batch.teacher_log_probs is None else batch.teacher_log_probs,
+            rollout=batch.rollout_log_probs,
+            reference=batch.reference_log_probs,
+            advantages=batch.advantages,
+            spans=batch.spans,
+            teacher_spans=batch.teacher_spans,
+        )
+        terms |= {term.name: term.loss(whole) for term in objective if term.whole}
+        totals = {name: jnp.sum(loss * batch.weights) for name, loss in terms.items()}
+        sums = {name: jnp.sum(jnp.where(mask, value, 0.0)) for name, value in stats.items()}
+        return sum(totals.values()), (totals, sums)
 
-    def grad(params, teacher_params, batch, teacher_hidden):
+    def grad(params, frozen, teacher_params, batch, teacher_hidden):
         parts = _split((batch, teacher_hidden), micro_batches)
         value_and_grad = jax.value_and_grad(part_loss, has_aux=True)
 
         def accumulate(total, part):
-            return jax.tree.map(jnp.add, total, value_and_grad(params, teacher_params, *part)), None
+            return jax.tree.map(jnp.add, total, value_and_grad(params, frozen, teacher_params, *part)), None
 
         first = jax.tree.map(lambda a: a[0], parts)
-        shapes = jax.eval_shape(value_and_grad, params, teacher_params, *first)
+        shapes = jax.eval_shape(value_and_grad, params, frozen, teacher_params, *first)
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        ((loss, sums), grads), _ = jax.lax.scan(accumulate, zeros, parts)
-        return loss, sums, grads
+        return jax.lax.scan(accumulate, zeros, parts)[0]
 
-    def update(state: State, teacher_params, batch: Batch, teacher_hidden):
-        loss, sums, grads = grad(state.params, teacher_params, batch, teacher_hidden)
+    def update(state: State, teacher_params, batch: Batch, teacher_hidden, frozen=None):
+        if ema is not None:
+            teacher_params = (state.ema,)
+        (loss, (terms, sums)), grads = grad(state.params, frozen, teacher_params, batch, teacher_hidden)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), State(params, opt_state), state)
+        average = None
+        if ema is not None:
+            average = jax.tree.map(lambda a, p: ema * a + (1 - ema) * p, state.ema, params)
+        new = State(params, opt_state, average, state.anchor)
+        new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
         count = jnp.maximum(batch.mask.sum(), 1).astype(jnp.float32)
         metrics = {name: total / count for name, total in sums.items()}
+        if len(terms) > 1:
+            metrics |= {f"loss_{name}": value for name, value in terms.items()}
         metrics |= {
             "loss": loss,
             "gradient_norm": norm,
@@ -174,25 +277,68 @@ def make_update(
     return jax.jit(update, donate_argnums=0, out_shardings=(shardings, None))
 
 
-def _tokens(student, hidden, teacher, teacher_hidden, batch: Batch) -> Tokens:
-    """The distributions at a chunk's tokens, over the vocabulary that both models share."""
+def _merge(graphdef: nnx.GraphDef, params: Any, frozen: Any, dtype: Any) -> LanguageModel:
+    """The model of trained (and frozen) parameters, in the computation dtype."""
+    parts = [params] if frozen is None else [params, frozen]
+    if dtype is not None:
+        parts = jax.tree.map(lambda p: p.astype(dtype), parts)
+    return nnx.merge(graphdef, *parts)
+
+
+def _teachers(graphdefs, params, frozen: Any, dtype: Any) -> list[LanguageModel]:
+    """The teachers; with a `dtype`, the only one is an average of the student."""
+    frozen = None if dtype is None else frozen
+    return [_merge(*pair, frozen, dtype) for pair in zip(graphdefs, params, strict=True)]
+
+
+def _over_tokens(
+    look: Callable[[Tokens], Any],
+    student: LanguageModel,
+    teachers: Sequence[LanguageModel],
+    batch: Batch,
+    hidden: jax.Array,
+    teacher_hidden: Sequence[jax.Array],
+    loss_chunk: int,
+) -> Any:
+    """`look` at all tokens, a chunk at a time: a tree of [B, N] arrays. Logits live as long as their chunk,
+    also in the backward pass."""
+
+    @jax.checkpoint
+    def chunk(piece):
+        return look(_tokens(student, teachers, *piece))
+
+    fields = dict(ids=batch.completions, mask=batch.mask, rollout_log_probs=batch.rollout_log_probs)
+    fields |= dict(support=batch.support, support_log_probs=batch.support_log_probs)
+    rows = batch.teacher_rows
+    rows = None if rows is None else jnp.broadcast_to(rows[:, None], batch.mask.shape)
+    out = jax.lax.map(chunk, _chunks((hidden, tuple(teacher_hidden), rows, fields), loss_chunk))
+    count = batch.mask.shape[1]
+
+    def join(a):  # [chunks, B, n] -> [B, N]
+        return jnp.moveaxis(a, 0, 1).reshape(a.shape[1], -1)[:, :count]
+
+    return jax.tree.map(join, out)
+
+
+def _tokens(student, teachers, hidden, teacher_hidden, rows, fields) -> Tokens:
+    """The distributions at a chunk's tokens, over the vocabulary that all models share."""
     logits = unembed(student, hidden)
-    ids, mask, teacher_log_probs = batch.completions, batch.mask, None
-    if teacher is not None:
-        teacher_logits = jax.lax.stop_gradient(unembed(teacher, teacher_hidden))
-        shared = min(logits.shape[-1], teacher_logits.shape[-1])  # they may be padded differently
-        logits = logits[..., :shared]
-        mask &= ids < shared  # no tokenizer has these ids, but a sampler may have drawn one
-        ids = jnp.minimum(ids, shared - 1)
-        teacher_log_probs = jax.nn.log_softmax(teacher_logits[..., :shared])
-    return Tokens(
-        ids=ids,
-        mask=mask,
-        student=jax.nn.log_softmax(logits),
-        teacher=teacher_log_probs,
-        rollout_log_probs=batch.rollout_log_probs,
-        advantages=batch.advantages,
-    )
+    theirs = [jax.lax.stop_gradient(unembed(*pair)) for pair in zip(teachers, teacher_hidden, strict=True)]
+    tokens = Tokens(student=logits, **fields)
+    if theirs:
+        shared = min(a.shape[-1] for a in (logits, *theirs))  # they may be padded differently
+        teacher = jax.nn.log_softmax(theirs[0][..., :shared])
+        for i, other in enumerate(theirs[1:], 1):
+            other = jax.nn.log_softmax(other[..., :shared])
+            teacher = jnp.where((rows == i)[..., None], other, teacher)
+        tokens = tokens._replace(
+            student=logits[..., :shared],
+            teacher=teacher,
+            # No tokenizer has ids beyond, but a sampler may have drawn one.
+            mask=tokens.mask & (tokens.ids < shared),
+            ids=jnp.minimum(tokens.ids, shared - 1),
+        )
+    return tokens._replace(student=jax.nn.log_softmax(tokens.student))
 
 
 def _split(tree: Any, parts: int) -> Any:
@@ -202,6 +348,18 @@ def _split(tree: Any, parts: int) -> Any:
         return jnp.moveaxis(a.reshape(a.shape[0] // parts, parts, *a.shape[1:]), 1, 0)
 
     return jax.tree.map(split, tree)
+
+
+def _divide(tokens: Tokens, temperature: float) -> Tokens:
+    """With logits divided by a temperature; log-probs are logits, too."""
+    both = dict(student=tokens.student, teacher=tokens.teacher)  # a cached teacher has been divided already
+    both = {name: jax.nn.log_softmax(a / temperature) for name, a in both.items() if a is not None}
+    return tokens._replace(**both)
+
+
+def _join(tree: Any) -> Any:
+    """The inverse of `_split`."""
+    return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1).reshape(-1, *a.shape[2:]), tree)
 
 
 def _chunks(tree: Any, loss_chunk: int) -> Any:

@@ -2,8 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
-import json
 import os
 import shutil
 import signal
@@ -16,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import safetensors.numpy
 from flax import nnx
 
 from opd_jax import config as configs
@@ -24,84 +21,8 @@ from opd_jax import models, training
 from opd_jax.cli import main
 from opd_jax.tasks import arithmetic
 from opd_jax.training import _checkpoint, _loop, _setup
-
-_TIMES = ("time", "seconds", "share", "per_second")
-
-
-def _model(folder: Path, seed: int, **changes) -> str:
-    tokenizer = arithmetic.make_tokenizer()
-    sizes = dict(width=16, layers=2, heads=2, kv_heads=1, head_width=8, ff_width=32) | changes
-    config = models.DecoderConfig(
-        vocab_size=len(tokenizer),
-        architecture="Qwen3ForCausalLM",
-        qk_norm=True,
-        max_length=64,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_ids=(tokenizer.eos_token_id,),
-        **sizes,
-    )
-    graphdef, params = nnx.split(models.Decoder(config, rngs=nnx.Rngs(seed)))
-    params = jax.tree.map(lambda p: 5 * p if p.ndim > 1 else p, params)  # or all logits are near 0
-    models.save(nnx.merge(graphdef, params), folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    return _model(folder / "student", 0), _model(folder / "teacher", 1, width=24)
-
-
-@pytest.fixture
-def one_device(monkeypatch):
-    """The virtual devices compete for two cores: only tests of the mesh use all of them."""
-    make_mesh = _setup.make_mesh
-    monkeypatch.setattr(_setup, "make_mesh", functools.partial(make_mesh, devices=jax.devices()[:1]))
-    return monkeypatch
-
-
-@pytest.fixture
-def make(folders, tmp_path, one_device):
-    """Builds a small config; keyword arguments are dotted with two underscores."""
-
-    def build(run: str = "run", **changes) -> configs.Config:
-        student, teacher = folders
-        settings = configs.Config(
-            steps=4,
-            batch_size=8,
-            max_new_tokens=8,
-            run_dir=str(tmp_path / run),
-            student=configs.StudentConfig(path=student),
-            teacher=configs.TeacherConfig(path=teacher),
-            data=configs.DataConfig(source="arithmetic", options=dict(seed=1, size=64), max_prompt_length=16),
-            optimizer=configs.OptimizerConfig(learning_rate=1e-2),
-        )
-        for key, value in changes.items():
-            section, _, name = key.rpartition("__")
-            if section:
-                value = dataclasses.replace(getattr(settings, section), **{name: value})
-            settings = dataclasses.replace(settings, **{section or name: value})
-        return settings
-
-    return build
-
-
-def _weights(model: Path) -> dict[str, np.ndarray]:
-    return safetensors.numpy.load_file(model / "model.safetensors")
-
-
-def _metrics(run_dir: str, timings: bool = False) -> list[dict]:
-    lines = [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
-    if timings:
-        return lines
-    return [{k: v for k, v in line.items() if not any(t in k for t in _TIMES)} for line in lines]
-
-
-def _assert_same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
-    assert a.keys() == b.keys()
-    for name in a:
-        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+from opd_jax.training._objectives import Term
+from tests.training.runs import assert_same, read_metrics, read_weights
 
 
 @pytest.mark.parametrize("loss", ["reverse_kl", "sampled_reverse_kl"])
@@ -117,7 +38,7 @@ def test_distillation_lowers_the_divergence_and_writes_everything(make, loss):
         settings, evaluation=dataclasses.replace(settings.evaluation, samples=2, pass_k=(1, 2), teacher=True)
     )
     result = training.train(settings)
-    lines = _metrics(settings.run_dir, timings=True)
+    lines = read_metrics(settings.run_dir, timings=True)
     kl = [line["kl"] for line in lines if "kl" in line]
     assert np.mean(kl[-5:]) < 0.7 * np.mean(kl[:5])
     steps = [line for line in lines if "loss" in line]
@@ -159,7 +80,7 @@ def test_distillation_lowers_the_divergence_and_writes_everything(make, loss):
 
 def test_a_loss_value_is_the_divergence_it_names(make):
     training.train(make(steps=2))
-    for line in _metrics(make().run_dir):
+    for line in read_metrics(make().run_dir):
         assert line["loss"] == pytest.approx(line["kl"], rel=1e-5)
 
 
@@ -168,11 +89,11 @@ def test_a_resumed_run_is_bitwise_the_run_that_never_stopped(make):
     whole = training.train(make("whole", steps=6, **held_out))
     training.train(make("parts", steps=3, **held_out))
     parts = training.train(make("parts", steps=6, **held_out))
-    _assert_same(_weights(whole.model), _weights(parts.model))
-    lines = _metrics(make("parts").run_dir)
+    assert_same(read_weights(whole.model), read_weights(parts.model))
+    lines = read_metrics(make("parts").run_dir)
     # The stopped run evaluated once more, at its own end; nothing else differs.
     kept = [line for line in lines if not (line["step"] == 3 and "accuracy" in line)]
-    assert kept == _metrics(make("whole").run_dir)
+    assert kept == read_metrics(make("whole").run_dir)
 
 
 def test_ctrl_c_saves_and_the_same_call_goes_on(make, monkeypatch):
@@ -189,8 +110,8 @@ def test_ctrl_c_saves_and_the_same_call_goes_on(make, monkeypatch):
         training.train(make("parts"))
     assert not (Path(make("parts").run_dir) / "model").exists()
     parts = training.train(make("parts"))
-    _assert_same(_weights(whole.model), _weights(parts.model))
-    assert _metrics(make("parts").run_dir) == _metrics(make("whole").run_dir)
+    assert_same(read_weights(whole.model), read_weights(parts.model))
+    assert read_metrics(make("parts").run_dir) == read_metrics(make("whole").run_dir)
 
 
 def test_a_second_ctrl_c_keeps_state_and_step_together(make, monkeypatch):
@@ -198,12 +119,12 @@ def test_a_second_ctrl_c_keeps_state_and_step_together(make, monkeypatch):
     whole = training.train(make("whole"))
     with monkeypatch.context() as patch:
         patch.setattr(_loop, "float", lambda value: signal.raise_signal(signal.SIGINT), raising=False)
-        patch.setattr(_loop, "_on_signal", lambda ask: contextlib.nullcontext())
+        patch.setattr(_loop, "on_signal", lambda ask: contextlib.nullcontext())
         with pytest.raises(KeyboardInterrupt):
             training.train(make("parts"))
     assert not (Path(make("parts").run_dir) / "model").exists()
     parts = training.train(make("parts"))
-    _assert_same(_weights(whole.model), _weights(parts.model))
+    assert_same(read_weights(whole.model), read_weights(parts.model))
 
 
 def test_a_crash_loses_nothing(make, monkeypatch):
@@ -219,12 +140,14 @@ def test_a_crash_loses_nothing(make, monkeypatch):
         training.train(make())
     monkeypatch.setattr(_loop, "make_batch", make_batch)
     resumed, whole = training.train(make()), training.train(make("whole"))
-    _assert_same(_weights(whole.model), _weights(resumed.model))
+    assert_same(read_weights(whole.model), read_weights(resumed.model))
 
 
 def test_non_finite_steps_change_nothing_and_stop_the_run(make, monkeypatch):
     monkeypatch.setattr(
-        _setup, "make_objective", lambda config: lambda tokens: jnp.nan * tokens.student.sum(-1)
+        _setup,
+        "make_objective",
+        lambda config: (Term("nan", lambda tokens: jnp.nan * tokens.student.sum(-1)),),
     )
     settings = make(max_bad_steps=3, steps=10, optimizer__learning_rate=1.0)
     with pytest.raises(training.TrainingError, match="not finite in the last 3 steps"):
@@ -235,9 +158,9 @@ def test_non_finite_steps_change_nothing_and_stop_the_run(make, monkeypatch):
     ]
     with np.load(run_dir / "bad_batch_1.npz") as batch:
         assert batch["completions"].shape == (8, 8) and batch["mask"].any()
-    assert [line["finite"] for line in _metrics(settings.run_dir)] == [0, 0, 0]
+    assert [line["finite"] for line in read_metrics(settings.run_dir)] == [0, 0, 0]
     # The model and the checkpoint hold the parameters as they were.
-    _assert_same(_weights(run_dir / "model"), _weights(Path(settings.student.path)))
+    assert_same(read_weights(run_dir / "model"), read_weights(Path(settings.student.path)))
     student = nnx.split(models.load(settings.student.path))[1]
     _, state = _setup.prepare(settings, training._loop.Display(1))
     checkpoints = _checkpoint.Checkpoints(run_dir / "checkpoints", 2)
@@ -267,7 +190,7 @@ def test_a_disk_that_stays_full_fails_at_the_end_and_names_the_last_checkpoint(m
         patch.setattr(_checkpoint.shutil, "disk_usage", lambda path: usage(path)._replace(free=10))
         with pytest.raises(training.TrainingError, match="newest checkpoint is that of step 2"):
             training.train(make(steps=4))
-    _assert_same(_weights(training.train(make()).model), _weights(training.train(make("whole")).model))
+    assert_same(read_weights(training.train(make()).model), read_weights(training.train(make("whole")).model))
 
 
 def test_nothing_compiles_after_the_second_step(make, monkeypatch):
@@ -290,7 +213,7 @@ def test_nothing_compiles_after_the_second_step(make, monkeypatch):
 
 def _assert_same_step(a: configs.Config, b: configs.Config) -> None:
     """Of one step: Adam's first steps are signs, which turn rounding into differences of any later step."""
-    (first,), (second,) = _metrics(a.run_dir), _metrics(b.run_dir)
+    (first,), (second,) = read_metrics(a.run_dir), read_metrics(b.run_dir)
     for name in ("loss", "kl", "gradient_norm", "completion_length", "student_entropy"):
         assert first[name] == pytest.approx(second[name], rel=2e-5), name
 
@@ -316,7 +239,7 @@ def test_supervised_training_learns_its_demonstrations(make):
         objective="sft", teacher=configs.TeacherConfig(), steps=100, max_new_tokens=40, batch_size=32
     )
     training.train(settings)
-    losses = [line["loss"] for line in _metrics(settings.run_dir)]
+    losses = [line["loss"] for line in read_metrics(settings.run_dir)]
     assert losses[-1] < 0.6 * np.log(19)  # 19 tokens, all equally likely: no skill at all
 
 
@@ -335,9 +258,9 @@ def test_grpo_raises_the_reward(make, monkeypatch):
         samples_per_prompt=8,
     )
     training.train(settings)
-    rewards = [line["reward"] for line in _metrics(settings.run_dir)]
+    rewards = [line["reward"] for line in read_metrics(settings.run_dir)]
     assert np.mean(rewards[-5:]) > np.mean(rewards[:5]) + 0.2
-    assert all(0 <= line["constant_groups"] <= 1 for line in _metrics(settings.run_dir))
+    assert all(0 <= line["constant_groups"] <= 1 for line in read_metrics(settings.run_dir))
 
 
 def test_grpo_reports_its_divergence_from_the_reference(make, folders):
@@ -349,7 +272,7 @@ def test_grpo_reports_its_divergence_from_the_reference(make, folders):
         steps=3,
     )
     training.train(settings)
-    kl = [line["kl"] for line in _metrics(settings.run_dir)]
+    kl = [line["kl"] for line in read_metrics(settings.run_dir)]
     assert kl[0] == pytest.approx(0, abs=1e-6) and all(value >= -1e-6 for value in kl)
 
 
@@ -359,15 +282,15 @@ def test_a_teacher_with_a_privileged_prompt_scores_the_same_completions(make, fo
         data__max_prompt_length=16,
     )
     training.train(settings)
-    kl = [line["kl"] for line in _metrics(settings.run_dir)]
+    kl = [line["kl"] for line in read_metrics(settings.run_dir)]
     assert kl[0] > 1e-2  # the same weights, another prompt
 
 
 def test_bfloat16_computes_in_bfloat16_and_keeps_float32_weights(make):
     settings = make(student__dtype="bfloat16", steps=2)
     result = training.train(settings)
-    assert {a.dtype.name for a in _weights(result.model).values()} == {"bfloat16"}
-    assert all(np.isfinite(line["loss"]) for line in _metrics(settings.run_dir))
+    assert {a.dtype.name for a in read_weights(result.model).values()} == {"bfloat16"}
+    assert all(np.isfinite(line["loss"]) for line in read_metrics(settings.run_dir))
 
 
 def test_a_finished_run_without_checkpoints_is_not_started_over(make):
@@ -429,7 +352,7 @@ def test_the_command_line_trains_stops_and_goes_on(make, tmp_path):
         [*command, "--steps", "400"], env=env, capture_output=True, text=True, timeout=300, check=True
     ).stdout
     assert f"at step {saved}" in out and "sample from it: opd-jax generate --model" in out
-    assert [line["step"] for line in _metrics(settings.run_dir)] == list(range(1, 401))
+    assert [line["step"] for line in read_metrics(settings.run_dir)] == list(range(1, 401))
 
 
 @pytest.mark.parametrize(

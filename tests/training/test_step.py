@@ -55,7 +55,7 @@ def batch():
         lengths,
         completions,
         mask,
-        weights=np.asarray(token_weights(mask, "opd")),
+        weights=np.asarray(token_weights(mask, Config())),
         rollout_log_probs=rng.normal(-3.5, 0.7, (B, N)).astype(np.float32),
         advantages=rng.normal(0, 1, (B, N)).astype(np.float32),
     )
@@ -114,7 +114,7 @@ def reference(name, student, teacher, batch, teacher_rows=None):
 
 
 @cache
-def compiled(name, student, teacher, options):
+def compiled(name, student, teachers, options):
     """The update, which leaves its gradient in the optimiser's state; equal arguments compile once."""
     keep = optax.GradientTransformation(
         lambda params: jax.tree.map(jnp.zeros_like, params),
@@ -122,7 +122,7 @@ def compiled(name, student, teacher, options):
     )
     config = CONFIGS[name]
     return make_update(
-        student, teacher, keep, make_objective(config), weight_bounds=weight_bounds(config), **dict(options)
+        student, teachers, keep, make_objective(config), weight_bounds=weight_bounds(config), **dict(options)
     )
 
 
@@ -131,11 +131,11 @@ score = cache(make_score)
 
 def step(name, student, teacher, batch, **options):
     """(new params, gradient, metrics) of one update by plain gradient descent."""
-    graphdef, params, hidden = None, None, None
+    graphdefs, params, hidden = (), (), ()
     if name != "sft":
-        graphdef, params = teacher
-        hidden = score(graphdef, options.get("micro_batches", 1))(params, batch)
-    update = compiled(name, student[0], graphdef, tuple(sorted(options.items())))
+        graphdefs, params = (teacher[0],), (teacher[1],)
+        hidden = (score(teacher[0], options.get("micro_batches", 1))(teacher[1], batch),)
+    update = compiled(name, student[0], graphdefs, tuple(sorted(options.items())))
     old = jax.tree.map(jnp.copy, student[1])  # the state is donated
     state, metrics = update(State(old, jax.tree.map(jnp.zeros_like, old)), params, batch, hidden)
     return state.params, state.opt_state, metrics
@@ -171,7 +171,7 @@ SPLIT = dict(loss_chunk=16, micro_batches=2)  # two chunks, the second one half 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_loss_and_gradient(name, student, teacher, batch):
-    batch = batch._replace(weights=np.asarray(token_weights(batch.mask, CONFIGS[name].objective)))
+    batch = batch._replace(weights=np.asarray(token_weights(batch.mask, CONFIGS[name])))
     params, gradient, metrics = step(name, student, teacher, batch, **SPLIT)
     loss, expected = reference(name, student, teacher, batch)
     close(gradient, expected)
@@ -218,7 +218,7 @@ def test_a_masked_row_counts_for_nothing(student, teacher, batch):
     """Row 3 without mask: what its completion says changes nothing."""
     mask = batch.mask.copy()
     mask[3] = False
-    part = batch._replace(mask=mask, weights=np.asarray(token_weights(mask, "opd")))
+    part = batch._replace(mask=mask, weights=np.asarray(token_weights(mask, Config())))
     other = part._replace(completions=np.where(np.arange(B)[:, None] == 3, 9, batch.completions))
     got, expected = (step("reverse_kl", student, teacher, b) for b in (other, part))
     same_metrics(got[2], expected[2])
@@ -305,7 +305,7 @@ def on_mesh(student, teacher, params):
     state = State(params, init_optimizer(optimizer, params))
     update = make_update(
         student[0],
-        teacher[0],
+        teacher[:1],
         optimizer,
         make_objective(CONFIGS["reverse_kl"]),
         shardings=jax.tree.map(lambda a: a.sharding, state),
@@ -318,34 +318,34 @@ def on_mesh(student, teacher, params):
 @pytest.mark.parametrize("where", ["weights", "teacher"])
 def test_a_step_that_is_not_finite_changes_nothing(adamw, teacher, batch, where, value):
     update, fresh = adamw
-    hidden = score(teacher[0], 2)(teacher[1], batch)
-    state, _ = update(fresh(), teacher[1], batch, hidden)
+    hidden = (score(teacher[0], 2)(teacher[1], batch),)
+    state, _ = update(fresh(), teacher[1:], batch, hidden)
     before = jax.tree.map(np.array, state)
     if where == "weights":
         weights = batch.weights.copy()
         weights[0, 0] = value
-        state, metrics = update(state, teacher[1], batch._replace(weights=weights), hidden)
+        state, metrics = update(state, teacher[1:], batch._replace(weights=weights), hidden)
     else:
-        state, metrics = update(state, teacher[1], batch, hidden.at[1, 0, 0].set(value))
+        state, metrics = update(state, teacher[1:], batch, (hidden[0].at[1, 0, 0].set(value),))
     assert metrics["finite"] == 0
     identical(state, before)
-    state, metrics = update(state, teacher[1], batch, hidden)  # and training goes on
+    state, metrics = update(state, teacher[1:], batch, hidden)  # and training goes on
     assert metrics["finite"] == 1 and np.isfinite(jax.tree.leaves(state.params)[0]).all()
 
 
 def test_a_broken_student_is_not_finite(adamw, teacher, batch):
     update, fresh = adamw
-    hidden = score(teacher[0], 2)(teacher[1], batch)
+    hidden = (score(teacher[0], 2)(teacher[1], batch),)
     state = fresh()
     broken = jax.tree.map(lambda p: p.at[(0,) * p.ndim].set(jnp.nan), state.params)
-    _, metrics = update(state._replace(params=broken), teacher[1], batch, hidden)
+    _, metrics = update(state._replace(params=broken), teacher[1:], batch, hidden)
     assert metrics["finite"] == 0 and np.isnan(metrics["loss"])
 
 
 def test_the_state_is_donated(adamw, teacher, batch):
     update, fresh = adamw
     state = fresh()
-    update(state, teacher[1], batch, score(teacher[0], 2)(teacher[1], batch))
+    update(state, teacher[1:], batch, (score(teacher[0], 2)(teacher[1], batch),))
     assert all(a.is_deleted() for a in jax.tree.leaves(state.params))
 
 
@@ -358,10 +358,10 @@ def test_devices_do_not_matter(adamw, student, teacher, batch, compilations):
     shardings = jax.tree.map(lambda a: a.sharding, state)
     assert len({s.spec for s in jax.tree.leaves(shardings)}) > 2
     for number in range(3):
-        hidden = score(teacher[0], 2)(teacher[1], batch)
-        alone, expected = update_alone(alone, teacher[1], batch, hidden)
+        hidden = (score(teacher[0], 2)(teacher[1], batch),)
+        alone, expected = update_alone(alone, teacher[1:], batch, hidden)
         with compilations() as compiled:
-            state, metrics = update(state, theirs, placed, score(teacher[0], 2)(theirs, placed))
+            state, metrics = update(state, (theirs,), placed, (score(teacher[0], 2)(theirs, placed),))
         assert number == 0 or not compiled
         same_metrics(metrics, expected, rtol=1e-4)
         for got, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True):
@@ -380,11 +380,11 @@ def test_scores_stand_in_the_order_of_the_rows(teacher, batch):
 
 def test_token_weights():
     mask = np.array([[1, 1, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0]], bool)
-    np.testing.assert_allclose(token_weights(mask, "opd"), mask / 4, rtol=1e-6)
-    np.testing.assert_allclose(token_weights(mask, "sft"), mask / 4, rtol=1e-6)
+    np.testing.assert_allclose(token_weights(mask, Config()), mask / 4, rtol=1e-6)
+    np.testing.assert_allclose(token_weights(mask, CONFIGS["sft"]), mask / 4, rtol=1e-6)
     by_row = mask / np.array([[3], [1], [1]]) / 3
-    np.testing.assert_allclose(token_weights(mask, "grpo"), by_row, rtol=1e-6)
-    assert not np.any(token_weights(np.zeros((2, 3), bool), "opd"))
+    np.testing.assert_allclose(token_weights(mask, CONFIGS["grpo"]), by_row, rtol=1e-6)
+    assert not np.any(token_weights(np.zeros((2, 3), bool), Config()))
 
 
 def test_statistics():
@@ -394,7 +394,7 @@ def test_statistics():
     own = np.take_along_axis(p, ids[..., None], -1)[..., 0]
     rollout = own + rng.normal(0, 0.5, (2, 3))
     arrays = [jnp.asarray(a, jnp.float32) for a in (p, q, rollout)]
-    tokens = Tokens(jnp.asarray(ids), jnp.ones((2, 3), bool), *arrays, None)
+    tokens = Tokens(jnp.asarray(ids), jnp.ones((2, 3), bool), *arrays)
     got = statistics(tokens, (0.8, 1.25))
     shared = [
         [sorted(set(np.argsort(-a)[:16]) & set(np.argsort(-b)[:16])) for a, b in zip(x, y, strict=True)]
@@ -418,9 +418,9 @@ def test_statistics():
 def test_statistics_of_small_vocabularies_and_of_what_is_missing():
     p = jax.nn.log_softmax(jnp.array([[[1.0, 2.0, -jnp.inf]]]))
     ids, mask = jnp.zeros((1, 1), int), jnp.ones((1, 1), bool)
-    got = statistics(Tokens(ids, mask, p, None, None, None), (0, 5))
+    got = statistics(Tokens(ids, mask, p), (0, 5))
     assert set(got) == {"student_entropy"} and np.isfinite(got["student_entropy"]).all()
-    assert statistics(Tokens(ids, mask, p, p, None, None), (0, 5))["top16_overlap"] == 1
+    assert statistics(Tokens(ids, mask, p, p), (0, 5))["top16_overlap"] == 1
 
 
 def test_bounds_of_the_weights():

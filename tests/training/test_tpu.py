@@ -59,9 +59,9 @@ with jax.set_mesh(mesh):
     scored = compiled("score", make_score(teacher_graphdef, 2), teacher, batch)
     assert scored.output_shardings.spec == P("fsdp"), scored.output_shardings
     update = make_update(
-        graphdef, teacher_graphdef, optimizer, make_objective(Config()),
+        graphdef, (teacher_graphdef,), optimizer, make_objective(Config()),
         dtype=jnp.bfloat16, micro_batches=2, loss_chunk=512)
-    compiled("update", update, State(params, opt_state), teacher, batch, hidden)
+    compiled("update", update, State(params, opt_state), (teacher,), batch, (hidden,))
     row = give((B,), jnp.uint32, rows)
     stops = give((2,), jnp.int32, whole)
     static = dict(graphdef=graphdef, sampling=rollout.Sampling(top_p=0.9))
