@@ -20,9 +20,11 @@ from opd_jax import models
 
 jax.config.update("jax_num_cpu_devices", 8)  # before the backend starts
 
-# Each run of the loop makes its own jitted functions: what one test compiled serves the next.
-_CACHE = tempfile.TemporaryDirectory(prefix="opd_jax-tests-")
-jax.config.update("jax_compilation_cache_dir", _CACHE.name)
+# Each run of the loop makes its own jitted functions: what one test compiled serves the next, in all workers.
+if "OPD_JAX_TEST_CACHE" not in os.environ:
+    _CACHE = tempfile.TemporaryDirectory(prefix="opd_jax-tests-")
+    os.environ["OPD_JAX_TEST_CACHE"] = _CACHE.name
+jax.config.update("jax_compilation_cache_dir", os.environ["OPD_JAX_TEST_CACHE"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
