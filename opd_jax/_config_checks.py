@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import optax
 
-from opd_jax import _objective_checks
+from opd_jax import _foresight_checks, _objective_checks
 from opd_jax._config_io import flatten
 
 if TYPE_CHECKING:
@@ -87,6 +87,7 @@ def problems(config: "Config", default: "Config") -> Iterator[str]:
     yield from _evaluation(config)
     yield from _schedule(config.optimizer)
     yield from _objective_checks.problems(config)
+    yield from _foresight_checks.problems(config)
     if config.teacher.context is not None:
         yield from _template("teacher.context", config.teacher.context)
 
@@ -127,7 +128,7 @@ def _required(config: "Config") -> Iterator[str]:
 
 
 def _unused(values: dict[str, Any], defaults: dict[str, Any], config: "Config") -> Iterator[str]:
-    for keys, is_used, why in _objective_checks.used(config):
+    for keys, is_used, why in (*_objective_checks.used(config), *_foresight_checks.used(config)):
         for key in keys:
             given = {k: v for k, v in values.items() if k == key or k.startswith(f"{key}.")}
             if not is_used and any(v != defaults.get(k) for k, v in given.items()):

@@ -9,6 +9,7 @@ from opd_jax import _config_checks, _config_io
 from opd_jax._config_checks import make_schedule
 
 __all__ = [
+    "AllocateConfig",
     "CheckpointConfig",
     "Config",
     "DataConfig",
@@ -20,6 +21,7 @@ __all__ = [
     "LoraConfig",
     "MeshConfig",
     "OptimizerConfig",
+    "ProjectConfig",
     "ReferenceConfig",
     "StudentConfig",
     "TeacherConfig",
@@ -175,10 +177,40 @@ class ExtrapolateConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AllocateConfig:
+    """Measuring which modules training moves, and using it (`opd_jax.transforms.allocate_modules`). A module
+    is a kernel such as attention.q with all its layers, or the embedding."""
+
+    steps: int = 0
+    """Steps that are measured; 0: off."""
+    mode: Literal["report", "scale", "freeze"] = "report"
+    """Log the measures; scale learning rates by them, with mean 1; or freeze the modules that moved least."""
+    measure: Literal["relative_update", "loss_decrease"] = "relative_update"
+    fraction: float = 0.5
+    """Share of the modules that is frozen."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectConfig:
+    """AdamW in the coordinates of the gradients' subspace (`opd_jax.transforms.project_to_subspace`)."""
+
+    rank: int = 0
+    """Directions kept of each matrix; 0: off."""
+    sides: Literal["auto", "left", "right", "both"] = "auto"
+    refresh: int = 200
+    """Steps between refreshes of the bases."""
+    residual: Literal["drop", "error_feedback"] = "drop"
+    stop_after_lock_in: float | None = None
+    """Stop refreshing once successive bases overlap by this; null: never."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ForesightConfig:
     """What the dynamics of training are watched and used for; all off by default."""
 
     track: TrackConfig = field(default_factory=TrackConfig)
+    allocate: AllocateConfig = field(default_factory=AllocateConfig)
+    project: ProjectConfig = field(default_factory=ProjectConfig)
     extrapolate: ExtrapolateConfig = field(default_factory=ExtrapolateConfig)
 
 

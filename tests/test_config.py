@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from opd_jax import _config_checks, _config_io, _objective_checks
+from opd_jax import _config_checks, _config_io, _foresight_checks, _objective_checks
 from opd_jax.config import (
     Config,
     DataConfig,
@@ -385,7 +385,8 @@ def test_the_configs_of_the_repository_are_valid(path):
 
 def test_the_tables_name_existing_keys():
     keys = set(_config_io.keys(Config))
-    named = {key for used, *_ in _objective_checks.used(VALID) for key in used}
+    tables = (*_objective_checks.used(VALID), *_foresight_checks.used(VALID))
+    named = {key for used, *_ in tables for key in used}
     assert named | set(_config_checks._AT_LEAST) <= keys
     assert not keys & set(_config_checks.HINTS), "a hint for a key that exists"
 
@@ -399,3 +400,39 @@ def test_every_field_is_frozen_and_keyword_only():
     for field in dataclasses.fields(Config):
         if dataclasses.is_dataclass(field.default_factory):
             check(field.default_factory)
+
+
+FORESIGHT = [
+    ({"track": {"rank": 0, "every": 3}}, "foresight.track.every is set but foresight.track.rank is 0"),
+    ({"track": {"rank": -1}}, "foresight.track.rank is -1; it must be at least 0"),
+    ({"extrapolate": {"factors": [2.0]}}, "foresight.extrapolate.factors is set but"),
+    ({"extrapolate": {"schedule": "steps"}}, "give the steps to search after"),
+    ({"extrapolate": {"schedule": "every", "every": 0}}, "foresight.extrapolate.every is 0"),
+    ({"extrapolate": {"schedule": "every", "factors": []}}, "factors is []; give positive numbers"),
+    ({"extrapolate": {"schedule": "every", "rule": "margin", "prompts": 1}}, "needs at least 2"),
+    ({"extrapolate": {"schedule": "every", "margin": 3.0}}, "margin is set but the rule has none"),
+    ({"allocate": {"steps": 200}}, "but the run has 100 steps"),
+    ({"allocate": {"steps": 2, "mode": "freeze"}, "project": {"rank": 4}}, "does not go with"),
+    ({"project": {"rank": 4, "refresh": 0}}, "foresight.project.refresh is 0"),
+]
+
+
+@pytest.mark.parametrize(("sections", "says"), FORESIGHT)
+def test_the_foresight_section(sections, says, file):
+    import yaml
+
+    text = yaml.dump(
+        dict(
+            student={"path": "small"},
+            teacher={"path": "large"},
+            data={"source": "arithmetic"},
+            foresight=sections,
+        )
+    )
+    assert says in complaint(load(file(text)))
+
+
+def test_a_score_by_kl_needs_a_fixed_teacher(file):
+    text = "student: {path: a}\ndata: {source: arithmetic}\nobjective: sft\n"
+    text += "foresight: {extrapolate: {schedule: every}}"
+    assert "set score: accuracy" in complaint(load(file(text)))

@@ -25,7 +25,12 @@ MAY_IMPORT = {
     "analysis": {"transforms", "models"},
 }
 MAY_IMPORT["cli"] = set(MAY_IMPORT)
-PART_OF = {"_config_io": "config", "_config_checks": "config", "_objective_checks": "config"}
+PART_OF = {
+    "_config_io": "config",
+    "_config_checks": "config",
+    "_objective_checks": "config",
+    "_foresight_checks": "config",
+}
 
 # fmt: off
 HEAVY = {

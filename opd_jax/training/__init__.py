@@ -2,8 +2,9 @@
 
 from opd_jax.training._cache_teacher import cache_teacher
 from opd_jax.training._errors import Interrupted, TrainingError
-from opd_jax.training._loop import Result, train
+from opd_jax.training._loop import train
 from opd_jax.training._objectives import Objective, Tokens
+from opd_jax.training._result import Result
 from opd_jax.training._step import Batch, State, make_score, make_update
 
 __all__ = [

@@ -123,7 +123,8 @@ class Checkpoints:
         """The newest checkpoint that is intact: (step, state, record); None if there is none at all.
 
         Args:
-            like: a pytree of ShapeDtypeStructs (or arrays) with the structure, dtypes and shardings wanted.
+            like: a pytree of ShapeDtypeStructs (or arrays) with the structure, dtypes and shardings wanted,
+                or a function that makes one of a checkpoint's record.
 
         Raises:
             CheckpointError: if there are checkpoints and every one of them is damaged.
@@ -147,15 +148,16 @@ class Checkpoints:
         return None
 
     def _restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
-        wanted = {  # in the tree's order; jax.tree.map over the dict would sort it
-            name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding)
-            for name, a in _flatten(like).items()
-        }
         args = self._ocp.args
         saved = self._manager.restore(step, args=args.Composite(record=args.JsonRestore())).record
         if zlib.crc32(saved["body"].encode()) != saved["crc32"]:
             raise CheckpointError("its record is damaged (checksum differs)")
         body = json.loads(saved["body"])
+        like = like(body["record"]) if callable(like) else like
+        wanted = {  # in the tree's order; jax.tree.map over the dict would sort it
+            name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding)
+            for name, a in _flatten(like).items()
+        }
         _compare({name: kind for name, (kind, _) in body["arrays"].items()}, wanted)
         state = self._manager.restore(step, args=args.Composite(state=args.StandardRestore(wanted))).state
         for name, value in checksums(state).items():

@@ -18,40 +18,15 @@ from opd_jax.training._batches import make_batch, weigh
 from opd_jax.training._checkpoint import Checkpoints
 from opd_jax.training._errors import CheckpointError, Interrupted, TrainingError
 from opd_jax.training._extrapolation import Extrapolation
+from opd_jax.training._foresight import dynamics, freeze_modules
 from opd_jax.training._logging import Display, Loggers, require_loggers
 from opd_jax.training._process import Clock, on_signal
+from opd_jax.training._result import Result
 from opd_jax.training._run import RunFolder
-from opd_jax.training._setup import Setup, prepare
+from opd_jax.training._setup import Setup, prepare, still
 from opd_jax.training._step import Batch, State
 
 _ROLLOUT, _EVALUATION, _SEARCH = 0, 1, 2  # one key per purpose
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """What a finished run came to.
-
-    Attributes:
-        model: folder of the trained model.
-        before, after: evaluations of the student, {"accuracy": ..., "accuracy_error": ...,
-            "pass@k": ...}; empty without `evaluation.prompts`.
-        teacher: the same of the teacher, if `evaluation.teacher`.
-        seconds: spent in steps, over all starts of the run.
-        tokens: completion tokens trained on.
-        prompt: a prompt of the training data.
-        reached: (steps, tokens) at the first evaluation with accuracy `evaluation.target`; None: never.
-        searches: accepted searches, seconds and tokens that all searches took; None without extrapolation.
-    """
-
-    model: Path
-    before: dict[str, float]
-    after: dict[str, float]
-    teacher: dict[str, float]
-    seconds: float
-    tokens: int
-    prompt: str
-    reached: tuple[int, int] | None = None
-    searches: tuple[int, float, int] | None = None
 
 
 def train(config: Config) -> Result:
@@ -88,7 +63,11 @@ def train(config: Config) -> Result:
                     lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state
                 )
                 del state  # there is not always room for two
-                step, state, record = checkpoints.restore(like)
+                step, state, record = checkpoints.restore(
+                    lambda record: still(setup, like, record["frozen"])[1] if record["frozen"] else like
+                )
+                if record["frozen"]:
+                    setup, _ = still(setup, like, record["frozen"])
                 display.print(f"resuming {folder.path} at step {step}")
             run = _Run(setup, state, step, _Record(**record), folder, checkpoints, display)
             del state
@@ -110,6 +89,7 @@ class _Record:
     search_tokens: int = 0
     accepted: int = 0
     reached: tuple[int, int] | None = None
+    frozen: list[str] = dataclasses.field(default_factory=list)
     before: dict[str, float] = dataclasses.field(default_factory=dict)
     after: dict[str, float] = dataclasses.field(default_factory=dict)
     teacher: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -181,6 +161,9 @@ class _Run:
         config, retry = self.config, False
         self.display.status("compiling")
         while True:
+            allocate = self.config.foresight.allocate
+            if allocate.mode == "freeze" and self.step == allocate.steps and not self.record.frozen:
+                self._freeze()
             if self._search_due():
                 self._search()
             if self._evaluation_due():
@@ -195,6 +178,7 @@ class _Run:
             metrics = self._one_step()
             self.record.seconds += time.perf_counter() - start
             if self.step % config.logging.every == 0 or self.step == config.steps:
+                metrics |= dynamics(self.config.foresight, self.state, self.record.frozen)
                 self._write(self.loggers.write, self.step, metrics)
             self.display.step(self.step, metrics)
             self.bad_steps = 0 if metrics["finite"] else self.bad_steps + 1
@@ -245,6 +229,11 @@ class _Run:
 
     def _key(self, purpose: int, step: int) -> jax.Array:
         return jax.random.fold_in(jax.random.fold_in(self.setup.key, purpose), step)
+
+    def _freeze(self) -> None:
+        self.setup, state, self.record.frozen, notice = freeze_modules(self.setup, self.state)
+        self._now = (state, self.step)
+        self.display.print(f"step {self.step}: {notice}")
 
     def _search_due(self) -> bool:
         if self.extrapolation is None or self.record.searched == self.step:

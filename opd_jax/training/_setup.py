@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from opd_jax.config import Config, TeacherConfig
 from opd_jax.parallel import make_mesh
 from opd_jax.training._logging import Display
 from opd_jax.training._objectives import make_objective, weight_bounds
-from opd_jax.training._optimizer import init_optimizer, make_optimizer
+from opd_jax.training._optimizer import carried, init_optimizer, make_optimizer, optimizer_shardings
 from opd_jax.training._pair import check_pair, check_width
 from opd_jax.training._retokenize import Retokenize
 from opd_jax.training._scoring import Scorer
@@ -96,7 +97,7 @@ def prepare(config: Config, display: Display) -> tuple[Setup, State]:
     scored = [] if config.objective == "sft" or config.teacher.align else teachers
     aligned = teachers[0] if config.teacher.align else None
     scorer = Scorer(config, graphdef, frozen, scored, aligned=aligned, reference=reference)
-    optimizer = make_optimizer(config.optimizer)
+    optimizer = make_optimizer(config.optimizer, config.foresight)
     average = None if config.teacher.ema is None else jax.tree.map(jnp.copy, params)
     anchor = None if config.foresight.extrapolate.schedule == "off" else jax.tree.map(jnp.copy, params)
     state = State(params, init_optimizer(optimizer, params), average, anchor)
@@ -118,6 +119,30 @@ def prepare(config: Config, display: Display) -> tuple[Setup, State]:
         key=jax.random.key(config.seed),
     )
     return setup, state
+
+
+def still(setup: Setup, state: State, names: Collection[str]) -> tuple[Setup, State]:
+    """The run with parameters that stay as they are from now on: they have no gradient and no moments.
+
+    Args:
+        setup: the run so far.
+        state: its state, arrays or ShapeDtypeStructs.
+        names: of the parameters.
+    """
+    config = setup.config
+    optimizer = make_optimizer(config.optimizer, config.foresight, names)
+    if isinstance(jax.tree.leaves(state.params)[0], jax.Array):
+        opt_state = carried(init_optimizer(optimizer, state.params), state.opt_state)
+    else:
+        opt_state = jax.tree.map(
+            lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
+            jax.eval_shape(optimizer.init, state.params),
+            optimizer_shardings(optimizer, state.params),
+        )
+    state = state._replace(opt_state=opt_state)
+    shardings = jax.tree.map(lambda a: a.sharding, state)
+    update = _update(config, setup.graphdef, setup.scorer, optimizer, shardings, names)
+    return dataclasses.replace(setup, update=update), state
 
 
 def read_data(
@@ -193,7 +218,12 @@ def _check_tokenizers(
 
 
 def _update(
-    config: Config, graphdef, scorer: Scorer, optimizer: optax.GradientTransformation, shardings: State
+    config: Config,
+    graphdef: nnx.GraphDef,
+    scorer: Scorer,
+    optimizer: optax.GradientTransformation,
+    shardings: State,
+    names: Collection[str] = (),
 ) -> Any:
     return make_update(
         graphdef,
@@ -206,6 +236,7 @@ def _update(
         loss_chunk=config.loss_chunk,
         temperature=config.loss_temperature,
         ema=config.teacher.ema,
+        still=names,
         shardings=shardings,
     )
 

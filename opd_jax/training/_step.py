@@ -6,7 +6,7 @@ Logits exist for `loss_chunk` tokens at a time, in the forward and in the backwa
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +16,7 @@ from flax import nnx
 
 from opd_jax.models._protocol import LanguageModel, hidden_states, unembed
 from opd_jax.training._objectives import Completions, Objective, Tokens, statistics
+from opd_jax.transforms._matrices import path_name
 
 
 class Batch(NamedTuple):
@@ -178,6 +179,7 @@ def make_update(
     loss_chunk: int = 512,
     temperature: float = 1.0,
     ema: float | None = None,
+    still: Collection[str] = (),
     shardings: State | None = None,
 ) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
     """The compiled update: (state, teacher_params, batch, teacher_hidden, frozen=None) -> (state, metrics).
@@ -199,6 +201,7 @@ def make_update(
         temperature: T, which divides the logits of student and teacher. The gradient of a divergence in the
             student's logits is 1 / T of that of the divergence in logits / T.
         ema: decay of `state.ema`, which is then the only teacher: `teacher_params` is not used.
+        still: names of parameters that stay as they are: no gradient of them is computed.
         shardings: of the state, which the new state keeps; without them XLA chooses, and a state laid out
             differently makes the next update compile again.
 
@@ -206,6 +209,8 @@ def make_update(
         The function. Its metrics are float32 scalars: means over the tokens that count, the gradient's and
         the update's global norms, and `finite`.
     """
+
+    transform = optax.with_extra_args_support(optimizer)
 
     def part_loss(params, frozen, teacher_params, batch: Batch, teacher_hidden):
         student = _merge(graphdef, params, frozen, dtype)
@@ -238,16 +243,31 @@ def make_update(
         return sum(totals.values()), (totals, sums)
 
     def grad(params, frozen, teacher_params, batch, teacher_hidden):
+        flat, treedef = jax.tree_util.tree_flatten_with_path(params)
+        leaves = [leaf for _, leaf in flat]
+        moving = [i for i, (path, _) in enumerate(flat) if path_name(path) not in still]
+
+        def with_moved(moved, rest):
+            whole = list(rest)
+            for i, leaf in zip(moving, moved, strict=True):
+                whole[i] = leaf
+            return jax.tree.unflatten(treedef, whole)
+
+        def of_moving(moved, *rest):
+            return part_loss(with_moved(moved, leaves), frozen, teacher_params, *rest)
+
         parts = _split((batch, teacher_hidden), micro_batches)
-        value_and_grad = jax.value_and_grad(part_loss, has_aux=True)
+        value_and_grad = jax.value_and_grad(of_moving, has_aux=True)
+        start = [leaves[i] for i in moving]
 
         def accumulate(total, part):
-            return jax.tree.map(jnp.add, total, value_and_grad(params, frozen, teacher_params, *part)), None
+            return jax.tree.map(jnp.add, total, value_and_grad(start, *part)), None
 
         first = jax.tree.map(lambda a: a[0], parts)
-        shapes = jax.eval_shape(value_and_grad, params, frozen, teacher_params, *first)
+        shapes = jax.eval_shape(value_and_grad, start, *first)
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        return jax.lax.scan(accumulate, zeros, parts)[0]
+        values, grads = jax.lax.scan(accumulate, zeros, parts)[0]
+        return values, with_moved(grads, jax.tree.map(jnp.zeros_like, leaves))
 
     def update(state: State, teacher_params, batch: Batch, teacher_hidden, frozen=None):
         if ema is not None:
@@ -255,7 +275,7 @@ def make_update(
         (loss, (terms, sums)), grads = grad(state.params, frozen, teacher_params, batch, teacher_hidden)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        updates, opt_state = transform.update(grads, state.opt_state, state.params, grad=grads)
         params = optax.apply_updates(state.params, updates)
         average = None
         if ema is not None:

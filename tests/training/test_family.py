@@ -17,6 +17,8 @@ from tests.training.runs import assert_same, read_metrics, read_weights
 
 NO_TEACHER = configs.TeacherConfig()
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.fixture(scope="module")
 def demo():

@@ -1,0 +1,364 @@
+"""Watching the subspace into which updates concentrate, inside an optax chain."""
+
+import re
+import warnings
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
+
+from opd_jax.transforms import spectrum
+from opd_jax.transforms._explicit import auto, explicit_mesh, laid_out
+from opd_jax.transforms._matrices import Matrices, Matrix, select, to_stack
+
+Of = Literal["updates", "gradients", "displacement"]
+
+
+class Probe(NamedTuple):
+    """What the last probes found of one stack of S matrices m x n, k directions of each.
+
+    Attributes:
+        left: [S, m, k] float32, leading left singular directions.
+        right: [S, n, k] float32.
+        first: [S, m, k] float32, `left` of the first probe that found anything.
+        values: [S, k] float32, singular values.
+        norm: [S] float32, Frobenius norm.
+        energy: [S] float32, share of norm^2 in the k directions.
+        effective_rank: [S] float32.
+        overlap: [S] float32, of `left` with that of the probe before, ||U^T U'||_F^2 / k.
+        first_overlap: [S] float32, with `first`.
+        lock_in: [S] int32, step since which `overlap` has stayed above the threshold; -1: it does not.
+    """
+
+    left: jax.Array
+    right: jax.Array
+    first: jax.Array
+    values: jax.Array
+    norm: jax.Array
+    energy: jax.Array
+    effective_rank: jax.Array
+    overlap: jax.Array
+    first_overlap: jax.Array
+    lock_in: jax.Array
+
+
+class TrackSubspaceState(NamedTuple):
+    """State of `track_subspace`.
+
+    Attributes:
+        track_count: int32 scalar, updates seen.
+        track_step: int32 scalar, the update that was probed last; 0: none.
+        track_probes: one `Probe` for each selected leaf, in the order of the leaves.
+        track_displacement: tree like the parameters, the sum of updates at selected leaves, 0 at others; ()
+            if not asked for.
+    """
+
+    track_count: jax.Array
+    track_step: jax.Array
+    track_probes: tuple[Probe, ...]
+    track_displacement: Any
+
+
+def track_subspace(
+    rank: int = 16,
+    every: int = 10,
+    of: Of = "updates",
+    *,
+    matrices: Matrices = None,
+    lock_in: float = 0.9,
+    on_small: Literal["clamp", "error"] = "clamp",
+    lanczos: tuple[int, int] | None = None,
+    displacement_dtype: DTypeLike | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Passes updates through, and keeps the leading singular subspace of each matrix in its state.
+
+    Every `every` steps one iteration of block subspace iteration goes on from the bases of the probe before
+    (`spectrum.subspace_step`; a cold start takes four), for
+
+    .. math:: X = u_t \quad\text{or}\quad X = W_t - W_0 = \sum_{s \le t} u_s
+
+    Nothing of the size of a weight is factorised or gathered, so that it costs little and compiles for a pod.
+    What it finds: singular values, spectral norm and ratio, captured energy, effective rank, the overlap with
+    the subspace of the probe before and of the first, and the step of lock-in; see `subspace_summary`.
+
+    Args:
+        rank: k, directions followed in each matrix; stacked layers are matrices of their own.
+        every: steps from one probe to the next; the first update is probed.
+        of: "updates", what comes in; "gradients", the same under the name that fits if it stands before the
+            optimiser; "displacement", their sum, which must then be the final updates: put it last.
+        matrices: which leaves are matrices and how, see `MatrixAxes`; None: `block_matrices`, all but
+            embeddings, norms and biases.
+        lock_in: threshold of the overlap of successive probes.
+        on_small: a matrix with a side below `rank` is followed with as many directions as it has, with a
+            warning, or is an error.
+        lanczos: (probes, steps) of `spectrum.effective_rank_estimate`, within 3% for (8, 16), at several
+            times the cost of a probe. None: the effective rank if the energy that is not captured were spread
+            evenly over the other directions, an upper bound.
+        displacement_dtype: None: that of the updates.
+
+    Returns:
+        The transform. Its updates are the very arrays that came in.
+
+    Raises:
+        ValueError: if an argument is out of range; from `init`, if nothing is selected, or a matrix is too
+            small under "error"; from `update`, if the updates are not those of `init`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax
+        >>> optimizer = optax.chain(optax.sgd(0.1), track_subspace(rank=2, every=1))
+        >>> params = {"mlp": {"up": jnp.zeros((4, 3))}}
+        >>> state = optimizer.init(params)
+        >>> grads = {"mlp": {"up": jnp.outer(jnp.ones(4), jnp.array([3.0, 0.0, 4.0]))}}
+        >>> updates, state = optimizer.update(grads, state, params)
+        >>> print(round(float(subspace_summary(state, params)["mlp.up/spectral_norm"]), 4))  # 0.1 * 2 * 5
+        1.0
+
+    References:
+        Cai et al., *Learning to Foresee*, `arXiv:2605.11739 <https://arxiv.org/abs/2605.11739>`_
+    """
+    _check_arguments(rank, every, of, lock_in, on_small, lanczos)
+
+    def init(params):
+        if not jax.tree.leaves(params):  # optax.tree.map_params asks with a placeholder
+            nothing = params if of == "displacement" else ()
+            return TrackSubspaceState(*[jnp.zeros([], jnp.int32)] * 2, jnp.zeros([]), nothing)
+        found = select(params, matrices, "track_subspace")
+        mesh = explicit_mesh(params)
+        displacement = ()
+        if of == "displacement":
+            chosen = {matrix.index for matrix in found}
+            leaves, treedef = jax.tree.flatten(params)
+            leaves = [
+                jnp.zeros_like(leaf, dtype=displacement_dtype) if i in chosen else jnp.zeros([])
+                for i, leaf in enumerate(leaves)
+            ]
+            displacement = jax.tree.unflatten(treedef, leaves)
+        probes = tuple(_first(matrix, rank, on_small) for matrix in found)
+        probes = jax.tree.map(lambda a: laid_out(a, P(), mesh), probes)
+        zero = jnp.zeros([], jnp.int32)
+        return TrackSubspaceState(zero, zero, probes, displacement)
+
+    def update(updates, state, params=None, **extra_args):
+        del params, extra_args
+        count = optax.safe_increment(state.track_count)
+        if not jax.tree.leaves(updates):
+            return updates, state._replace(track_count=count)
+        found = select(updates, matrices, "track_subspace")
+        _check_state(found, state.track_probes, rank)
+        leaves, displacement = jax.tree.leaves(updates), state.track_displacement
+        probed = [leaves[matrix.index] for matrix in found]
+        if of == "displacement":
+            sums, treedef = jax.tree.flatten(displacement)
+            for matrix in found:
+                total = sums[matrix.index]
+                sums[matrix.index] = total + leaves[matrix.index].astype(total.dtype)
+            displacement = jax.tree.unflatten(treedef, sums)
+            probed = [sums[matrix.index] for matrix in found]
+
+        def look(probed, probes, count):
+            return tuple(
+                _probe(to_stack(x, matrix), probe, count, lock_in, lanczos)
+                for x, matrix, probe in zip(probed, found, probes, strict=True)
+            )
+
+        def maybe(probed, probes, count, last):
+            due = (count - 1) % every == 0
+            probes = jax.lax.cond(due, look, lambda _, probes, __: probes, probed, probes, count)
+            return probes, jnp.where(due, count, last)
+
+        specs = jax.tree.map(lambda _: P(), (state.track_probes, state.track_step))
+        probes, last = auto(maybe, specs, probed, state.track_probes, count, state.track_step)
+        return updates, TrackSubspaceState(count, last, probes, displacement)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check_arguments(rank, every, of, lock_in, on_small, lanczos) -> None:
+    for name, value in (("rank", rank), ("every", every)):
+        if isinstance(value, int) and value < 1:
+            raise ValueError(f"track_subspace: {name} must be at least 1, got {value}")
+    for name, value, known in (
+        ("of", of, ("updates", "gradients", "displacement")),
+        ("on_small", on_small, ("clamp", "error")),
+    ):
+        if value not in known:
+            raise ValueError(f"track_subspace: {name} must be one of {', '.join(known)}, got {value!r}")
+    if isinstance(lock_in, float | int) and not 0 < lock_in <= 1:
+        raise ValueError(f"track_subspace: lock_in must be in (0, 1], got {lock_in}")
+    if lanczos is not None and not (len(lanczos) == 2 and min(lanczos) >= 1):
+        raise ValueError(f"track_subspace: lanczos must be (probes, steps), both at least 1, got {lanczos}")
+
+
+def _first(matrix: Matrix, rank: int, on_small: str) -> Probe:
+    """Before any probe: a random right basis, no left one."""
+    stack, m, n = matrix.shape
+    k = min(rank, m, n)
+    if k < rank:
+        text = f"track_subspace: {matrix.name} is {m} x {n}, too small for rank {rank}"
+        if on_small == "error":
+            raise ValueError(text)
+        warnings.warn(f"{text}; it is followed with rank {k}", stacklevel=4)
+    keys = jax.random.split(jax.random.key(matrix.index), stack)
+    right = jax.vmap(lambda key: spectrum.cholesky_qr2(jax.random.normal(key, (n, k))))(keys)
+
+    def zeros(*shape):
+        return jnp.zeros((stack, *shape), jnp.float32)
+
+    return Probe(
+        left=zeros(m, k),
+        right=right,
+        first=zeros(m, k),
+        values=zeros(k),
+        norm=zeros(),
+        energy=zeros(),
+        effective_rank=zeros(),
+        overlap=zeros(),
+        first_overlap=zeros(),
+        lock_in=jnp.full(stack, -1, jnp.int32),
+    )
+
+
+def _check_state(found: tuple[Matrix, ...], probes: tuple[Probe, ...], rank: int) -> None:
+    have = [(p.left.shape[0], p.left.shape[1], p.right.shape[1]) for p in probes]
+    want = [matrix.shape for matrix in found]
+    if have != want:
+        names = ", ".join(f"{matrix.name} {list(matrix.shape)}" for matrix in found)
+        raise ValueError(
+            f"track_subspace: the updates' matrices are {names}; those at init had the shapes "
+            f"{[list(shape) for shape in have]}; after a change of the parameters call init again"
+        )
+
+
+def _probe(x: jax.Array, old: Probe, count: jax.Array, lock_in: float, lanczos) -> Probe:
+    """One look at x [S, m, n]."""
+    x = x.astype(jnp.float32)
+    norm = spectrum.frobenius_norm(x)
+    cold = jnp.all(old.norm == 0)  # nothing has been found yet
+    found = spectrum.subspace_step(x, old.right)
+    more = jnp.where(cold, 3, 0)
+    found = jax.lax.fori_loop(0, more, lambda _, found: spectrum.subspace_step(x, found.right), found)
+    known = norm > 0
+    fresh = old.norm == 0
+    overlap = jnp.where(fresh, 0.0, spectrum.subspace_overlap(old.left, found.left))
+    first = jnp.where((jnp.all(old.first == 0, axis=(1, 2)) & known)[:, None, None], found.left, old.first)
+    held = overlap >= lock_in
+    new = Probe(
+        left=found.left,
+        right=found.right,
+        first=first,
+        values=found.singular_values,
+        norm=norm,
+        energy=spectrum.energy(found.singular_values, norm),
+        effective_rank=_effective_rank(x, found, norm, lanczos),
+        overlap=overlap,
+        first_overlap=spectrum.subspace_overlap(first, found.left),
+        lock_in=jnp.where(held, jnp.where(old.lock_in < 0, count, old.lock_in), -1),
+    )
+    # A zero or broken update says nothing: the bases stay as they are.
+    keep = known & jnp.isfinite(norm)
+    bases = ("left", "right", "first", "overlap", "first_overlap", "lock_in")
+    held_back = {
+        name: jnp.where(keep.reshape(-1, *[1] * (value.ndim - 1)), value, getattr(old, name))
+        for name, value in new._asdict().items()
+        if name in bases
+    }
+    return new._replace(**held_back)
+
+
+def _effective_rank(x: jax.Array, found: spectrum.Subspace, norm: jax.Array, lanczos) -> jax.Array:
+    if lanczos is not None:
+        probes, steps = lanczos
+        return spectrum.effective_rank_estimate(x, found, probes=probes, steps=steps)
+    values = found.singular_values
+    rest = min(x.shape[-2:]) - values.shape[-1]
+    if rest == 0:
+        return spectrum.effective_rank(values)
+    left_over = jnp.maximum(1.0 - spectrum.energy(values, norm), 0.0)
+    flat = norm * jnp.sqrt(left_over / rest)
+    return spectrum.effective_rank(
+        jnp.concatenate([values, jnp.broadcast_to(flat[:, None], (len(flat), rest))], axis=-1)
+    )
+
+
+def subspace_summary(
+    state: Any, params: Any, *, matrices: Matrices = None, prefix: str = ""
+) -> dict[str, jax.Array]:
+    """What `track_subspace` has found, as named float32 scalars for a logger.
+
+    For each selected leaf (mean over its stacked layers), for the means over attention, MLP and all matrices,
+    and for the lower, middle and upper third of the layers: `spectral_norm`, `spectral_ratio`, `energy`,
+    `effective_rank`, `overlap` (with the probe before), `first_overlap`, and `locked_in`, the share of
+    matrices that are. `lock_in` is the step since which at least half of them are, -1 if they are not.
+
+    Args:
+        state: of `track_subspace`, or of a chain that holds one.
+        params: the parameters, or shapes, for the names.
+        matrices: as given to `track_subspace`.
+        prefix: of every name.
+
+    Raises:
+        ValueError: if there is no such state, or several; or it is not that of these parameters.
+    """
+    state = _the_state(state)
+    found = select(params, matrices, "subspace_summary")
+    _check_state(found, state.track_probes, 0)
+    rows: dict[str, list[dict[str, jax.Array]]] = {}
+    depth = _layers(found)
+    for matrix, probe in zip(found, state.track_probes, strict=True):
+        measures = _measures(probe)
+        groups = [matrix.name, "all"] + [matrix.kind] * (matrix.kind in ("attention", "mlp"))
+        for group in groups:
+            rows.setdefault(group, []).append(measures)
+        layers = np.arange(matrix.shape[0]) if matrix.shape[0] > 1 else [_layer(matrix.name)]
+        for band, name in enumerate(("lower", "middle", "upper")):
+            inside = [i for i, layer in enumerate(layers) if layer is not None and 3 * layer // depth == band]
+            if depth >= 3 and inside:
+                part = {key: value[np.array(inside)] for key, value in measures.items()}
+                rows.setdefault(f"{name}_layers", []).append(part)
+    out = {}
+    for group, parts in rows.items():
+        for key in parts[0]:
+            out[f"{prefix}{group}/{key}"] = jnp.mean(jnp.concatenate([part[key] for part in parts]))
+    steps = jnp.sort(jnp.concatenate([probe.lock_in for probe in state.track_probes]).astype(jnp.float32))
+    steps = jnp.sort(jnp.where(steps < 0, jnp.inf, steps))
+    middle = steps[(len(steps) - 1) // 2]
+    out[f"{prefix}lock_in"] = jnp.where(jnp.isfinite(middle), middle, -1.0)
+    return out
+
+
+def _measures(probe: Probe) -> dict[str, jax.Array]:
+    spectral = probe.values[:, 0]
+    return {
+        "spectral_norm": spectral,
+        "spectral_ratio": spectrum.spectral_ratio(spectral, probe.norm),
+        "energy": probe.energy,
+        "effective_rank": probe.effective_rank,
+        "overlap": probe.overlap,
+        "first_overlap": probe.first_overlap,
+        "locked_in": (probe.lock_in >= 0).astype(jnp.float32),
+    }
+
+
+def _layer(name: str) -> int | None:
+    """The layer that a leaf belongs to, where layers are not stacked."""
+    number = re.search(r"(?:^|[._])(\d+)(?=[._]|$)", name)
+    return int(number[1]) if number else None
+
+
+def _layers(found: tuple[Matrix, ...]) -> int:
+    numbers = [_layer(matrix.name) for matrix in found if matrix.shape[0] == 1]
+    stacked = max((matrix.shape[0] for matrix in found), default=1)
+    return max([stacked, *(number + 1 for number in numbers if number is not None)])
+
+
+def _the_state(state: Any) -> TrackSubspaceState:
+    leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, TrackSubspaceState))
+    found = [leaf for leaf in leaves if isinstance(leaf, TrackSubspaceState)]
+    if len(found) != 1:
+        raise ValueError(f"subspace_summary: the state holds {len(found)} of track_subspace, it must be one")
+    return found[0]
