@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from opd_jax.transforms import spectrum
+from opd_jax.transforms._blocks import subspace_steps
 from opd_jax.transforms._explicit import auto, explicit_mesh, laid_out
 from opd_jax.transforms._matrices import Matrices, Matrix, select, to_stack
 
@@ -72,11 +73,12 @@ def track_subspace(
     lock_in: float = 0.9,
     on_small: Literal["clamp", "error"] = "clamp",
     lanczos: tuple[int, int] | None = None,
+    iterations: int = 1,
     displacement_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Passes updates through, and keeps the leading singular subspace of each matrix in its state.
 
-    Every `every` steps one iteration of block subspace iteration goes on from the bases of the probe before
+    Every `every` steps block subspace iteration goes on from the bases of the probe before
     (`spectrum.subspace_step`; a cold start takes four), for
 
     .. math:: X = u_t \quad\text{or}\quad X = W_t - W_0 = \sum_{s \le t} u_s
@@ -98,6 +100,7 @@ def track_subspace(
         lanczos: (probes, steps) of `spectrum.effective_rank_estimate`, within 3% for (8, 16), at several
             times the cost of a probe. None: the effective rank if the energy that is not captured were spread
             evenly over the other directions, an upper bound.
+        iterations: of a probe, at least 1: more where matrices change much from one probe to the next.
         displacement_dtype: None: that of the updates.
 
     Returns:
@@ -121,12 +124,12 @@ def track_subspace(
     References:
         Cai et al., *Learning to Foresee*, `arXiv:2605.11739 <https://arxiv.org/abs/2605.11739>`_
     """
-    _check_arguments(rank, every, of, lock_in, on_small, lanczos)
+    _check_arguments(rank, every, of, lock_in, on_small, lanczos, iterations)
 
     def init(params):
         if not jax.tree.leaves(params):  # optax.tree.map_params asks with a placeholder
             nothing = params if of == "displacement" else ()
-            return TrackSubspaceState(*[jnp.zeros([], jnp.int32)] * 2, jnp.zeros([]), nothing)
+            return TrackSubspaceState(_count(), _count(), jnp.zeros([]), nothing)
         found = select(params, matrices, "track_subspace")
         mesh = explicit_mesh(params)
         displacement = ()
@@ -140,8 +143,8 @@ def track_subspace(
             displacement = jax.tree.unflatten(treedef, leaves)
         probes = tuple(_first(matrix, rank, on_small) for matrix in found)
         probes = jax.tree.map(lambda a: laid_out(a, P(), mesh), probes)
-        zero = jnp.zeros([], jnp.int32)
-        return TrackSubspaceState(zero, zero, probes, displacement)
+        # Every leaf is an array of its own, so that the state can be donated.
+        return TrackSubspaceState(_count(), _count(), probes, displacement)
 
     def update(updates, state, params=None, **extra_args):
         del params, extra_args
@@ -161,10 +164,8 @@ def track_subspace(
             probed = [sums[matrix.index] for matrix in found]
 
         def look(probed, probes, count):
-            return tuple(
-                _probe(to_stack(x, matrix), probe, count, lock_in, lanczos)
-                for x, matrix, probe in zip(probed, found, probes, strict=True)
-            )
+            xs = [to_stack(x, m).astype(jnp.float32) for x, m in zip(probed, found, strict=True)]
+            return _look(xs, probes, count, lock_in, lanczos, iterations)
 
         def maybe(probed, probes, count, last):
             due = (count - 1) % every == 0
@@ -178,8 +179,12 @@ def track_subspace(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _check_arguments(rank, every, of, lock_in, on_small, lanczos) -> None:
-    for name, value in (("rank", rank), ("every", every)):
+def _count() -> jax.Array:
+    return jnp.zeros([], jnp.int32)
+
+
+def _check_arguments(rank, every, of, lock_in, on_small, lanczos, iterations) -> None:
+    for name, value in (("rank", rank), ("every", every), ("iterations", iterations)):
         if isinstance(value, int) and value < 1:
             raise ValueError(f"track_subspace: {name} must be at least 1, got {value}")
     for name, value, known in (
@@ -234,18 +239,38 @@ def _check_state(found: tuple[Matrix, ...], probes: tuple[Probe, ...], rank: int
         )
 
 
-def _probe(x: jax.Array, old: Probe, count: jax.Array, lock_in: float, lanczos) -> Probe:
-    """One look at x [S, m, n]."""
-    x = x.astype(jnp.float32)
-    norm = spectrum.frobenius_norm(x)
-    cold = jnp.all(old.norm == 0)  # nothing has been found yet
-    found = spectrum.subspace_step(x, old.right)
-    more = jnp.where(cold, 3, 0)
-    found = jax.lax.fori_loop(0, more, lambda _, found: spectrum.subspace_step(x, found.right), found)
+def _look(
+    xs: list[jax.Array], old: tuple[Probe, ...], count: jax.Array, lock_in: float, lanczos, iterations: int
+) -> tuple[Probe, ...]:
+    """One look at all x [S, m, n]; together, so that little is compiled."""
+    norms = [spectrum.frobenius_norm(x) for x in xs]
+    fresh = [jnp.all(probe.first == 0, axis=(1, 2)) for probe in old]
+    cold = jnp.concatenate([f & (norm > 0) for f, norm in zip(fresh, norms, strict=True)]).any()
+    found = jax.lax.fori_loop(
+        0,
+        jnp.where(cold, max(iterations, 4), iterations),
+        lambda _, found: subspace_steps(xs, [f.right for f in found]),
+        [spectrum.Subspace(probe.left, probe.values, probe.right) for probe in old],
+    )
+    return tuple(
+        _probe(*parts, count, lock_in, lanczos) for parts in zip(xs, norms, found, fresh, old, strict=True)
+    )
+
+
+def _probe(
+    x: jax.Array,
+    norm: jax.Array,
+    found: spectrum.Subspace,
+    fresh: jax.Array,
+    old: Probe,
+    count: jax.Array,
+    lock_in: float,
+    lanczos,
+) -> Probe:
+    """What is known of x [S, m, n] after a look."""
     known = norm > 0
-    fresh = old.norm == 0
     overlap = jnp.where(fresh, 0.0, spectrum.subspace_overlap(old.left, found.left))
-    first = jnp.where((jnp.all(old.first == 0, axis=(1, 2)) & known)[:, None, None], found.left, old.first)
+    first = jnp.where((fresh & known)[:, None, None], found.left, old.first)
     held = overlap >= lock_in
     new = Probe(
         left=found.left,
@@ -361,4 +386,5 @@ def _the_state(state: Any) -> TrackSubspaceState:
     found = [leaf for leaf in leaves if isinstance(leaf, TrackSubspaceState)]
     if len(found) != 1:
         raise ValueError(f"subspace_summary: the state holds {len(found)} of track_subspace, it must be one")
-    return found[0]
+    # nnx.Optimizer wraps each array in a variable.
+    return jax.tree.map(jnp.asarray, found[0], is_leaf=lambda x: hasattr(x, "__jax_array__"))
