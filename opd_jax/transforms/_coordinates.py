@@ -1,18 +1,18 @@
 """Coordinates of matrices in subspaces of their rows, columns or both; see `project_to_subspace`."""
 
-import re
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from opd_jax.transforms._explicit import auto, explicit_mesh, fitted, laid_out, spec_of
+from opd_jax.transforms._blocks import orthonormal
+from opd_jax.transforms._explicit import auto, explicit_mesh, fitted, laid_out, spec_of, whole
 from opd_jax.transforms._matrices import Matrices, Matrix, from_stack, path_name, select, to_stack
-from opd_jax.transforms.spectrum import cholesky_qr2, init_basis, subspace_step
+from opd_jax.transforms.spectrum import init_basis
 
 _HIGHEST = jax.lax.Precision.HIGHEST  # on TPU float32 products would else be of bfloat16
 
@@ -109,8 +109,14 @@ def first_bases(found: Sequence[Part], leaves: Sequence[Any]) -> tuple[tuple, tu
 
 
 def zeros(part: Part, leaf: Any) -> jax.Array:
-    """Coordinates for `init`."""
+    """Coordinates for `init`, laid out as the leaf is, where that is known."""
     mesh = explicit_mesh(leaf)
+    if mesh is None and isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
+        placed = leaf.sharding
+        if isinstance(placed, NamedSharding):
+            names = [*placed.spec, *[None] * (leaf.ndim - len(placed.spec))]
+            spec = P(*(fitted(a, n, placed.mesh) for a, n in zip(names, part.shape, strict=True)))
+            return jnp.zeros(part.shape, jnp.float32, device=NamedSharding(placed.mesh, spec))
     return laid_out(jnp.zeros(part.shape, jnp.float32), _spec(part, leaf, mesh), mesh)
 
 
@@ -132,10 +138,11 @@ def project(found: Sequence[Part], arrays: Sequence[jax.Array], left: Any, right
         out = []
         for x, (part, u, v) in zip(arrays, _with_bases(found, left, right), strict=True):
             x = to_stack(x.astype(jnp.float32), part.matrix)
+            # With k spread over a mesh axis that m is spread over, too, XLA might gather x.
             if u is not None:
-                x = jnp.einsum("smk,smn->skn", u, x, precision=_HIGHEST)
+                x = whole(jnp.einsum("smk,smn->skn", u, x, precision=_HIGHEST), 1)
             if v is not None:
-                x = jnp.einsum("smn,snk->smk", x, v, precision=_HIGHEST)
+                x = whole(jnp.einsum("smn,snk->smk", x, v, precision=_HIGHEST), 2)
             out.append(from_stack(x, part.small, part.shape))
         return out
 
@@ -154,6 +161,7 @@ def lift(
         out = []
         for x, shape, (part, u, v) in zip(small, shapes, _with_bases(found, left, right), strict=True):
             x = to_stack(x.astype(jnp.float32), part.small)
+            x = whole(x, *[1] * part.left, *[2] * part.right)  # else sums over k might be of the whole matrix
             if v is not None:
                 x = jnp.einsum("smk,snk->smn", x, v, precision=_HIGHEST)
             if u is not None:
@@ -225,81 +233,62 @@ def refresh(
         which: the moments.
         times: iterations, [] int32.
     """
-    groups = _groups(found, arrays)
+    ends, explicit = len(left), explicit_mesh(arrays) is not None
 
     def run(arrays, left, right, values, times):
-        new = _followed(found, groups, arrays, left, right, times)
-        bases, turns, overlaps = ([], []), ([], []), []
-        for side, old in enumerate((left, right)):
-            for u, v in zip(new[side], old, strict=True):
-                u, turn = _facing(u, v)
-                bases[side].append(u)
-                turns[side].append(turn)
-                overlaps.append(jnp.square(turn).sum((1, 2)) / turn.shape[-1])
-        by_part = list(_with_bases(found, *turns))
+        new_left, new_right = _followed(found, arrays, left, right, times)
+        bases, turns = _facing([*new_left, *new_right], [*left, *right])
+        by_part = list(_with_bases(found, turns[:ends], turns[ends:]))
         moved = [_moved(x, moment, *by_part[moment.part]) for x, moment in zip(values, which, strict=True)]
-        return tuple(bases[0]), tuple(bases[1]), moved, jnp.concatenate(overlaps).mean()
+        overlaps = [jnp.square(turn).sum((1, 2)) / turn.shape[-1] for turn in turns]
+        if not explicit:
+            bases = [whole(b, 1, 2) for b in bases]
+        return tuple(bases[:ends]), tuple(bases[ends:]), moved, jnp.concatenate(overlaps).mean()
 
     specs = jax.tree.map(lambda x: P(*spec_of(x)), (left, right, list(values)))
     return auto(run, (*specs, P()), arrays, left, right, values, times)
 
 
-def _groups(found: Sequence[Part], arrays: Sequence[jax.Array]) -> list[list[int]]:
-    """Parts with one role in different layers, laid out alike: they are iterated as one stack."""
-    groups: dict[tuple, list[int]] = {}
-    for i, (part, x) in enumerate(zip(found, arrays, strict=True)):
-        role = re.sub(r"\d+", "#", part.matrix.name)
-        key = (role, part.matrix.shape[1:], part.matrix.axes, spec_of(x))
-        groups.setdefault(key, []).append(i)
-    return list(groups.values())
-
-
 def _followed(
-    found: Sequence[Part], groups: list, arrays: Sequence, left: Any, right: Any, times: jax.Array
-) -> tuple[tuple, tuple]:
-    """New left and right bases."""
-    bases = list(_with_bases(found, left, right))
-    new: list[tuple] = [()] * len(found)
-    for group in groups:
-        x = jnp.concatenate([to_stack(arrays[i], found[i].matrix) for i in group])
-        u, v = (
-            None if bases[group[0]][side] is None else jnp.concatenate([bases[i][side] for i in group])
-            for side in (1, 2)
+    found: Sequence[Part], arrays: Sequence[jax.Array], left: Any, right: Any, times: jax.Array
+) -> tuple[list, list]:
+    """Block iteration as in `spectrum.subspace_step`, but unrotated: of the new bases only spans matter."""
+    xs = [to_stack(x.astype(jnp.float32), part.matrix) for x, part in zip(arrays, found, strict=True)]
+
+    def across(forward: list[bool], bases: list) -> list:
+        # Bases of one shape are factorised together, and get one layout; one x does not fit might gather x.
+        bases = [whole(b, 1, 2) for b in bases]
+        ways = ["smn,snk->smk" if onto_rows else "smn,smk->snk" for onto_rows in forward]
+        return orthonormal(
+            [jnp.einsum(way, x, b, precision=_HIGHEST) for way, x, b in zip(ways, xs, bases, strict=True)]
         )
-        start = 0
-        u, v = _iterated(x, u, v, times)
-        for i in group:
-            end = start + found[i].matrix.shape[0]
-            new[i] = tuple(None if y is None else y[start:end] for y in (u, v))
-            start = end
-    return tuple(tuple(pair[side] for pair in new if pair[side] is not None) for side in (0, 1))
+
+    def step(_, bases):
+        starts = [u if v is None else v for _, u, v in _with_bases(found, *bases)]
+        middle = across([part.right for part in found], starts)
+        end = across([not part.right for part in found], middle)
+        both = zip(found, middle, end, strict=True)
+        return (
+            [m if part.right else e for part, m, e in both if part.left],
+            [e for part, e in zip(found, end, strict=True) if part.right],
+        )
+
+    return jax.lax.fori_loop(0, times, step, (list(left), list(right)))
 
 
-def _iterated(x: jax.Array, u: Any, v: Any, times: jax.Array) -> tuple[Any, Any]:
-    if u is not None and v is not None:
-
-        def both(_, bases):
-            found = subspace_step(x, bases[1])
-            return found.left, found.right
-
-        return jax.lax.fori_loop(0, times, both, (u, v))
-    if u is not None:
-        x = x.swapaxes(1, 2)
-    basis = jax.lax.fori_loop(0, times, lambda _, b: subspace_step(x, b).right, v if u is None else u)
-    return (None, basis) if u is None else (basis, None)
-
-
-def _facing(new: jax.Array, old: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Another basis of what `new` spans, turned towards `old`, and R = U_new^T U_old, [stack, k, k].
+def _facing(new: list, old: list) -> tuple[list, list]:
+    """Other bases of what `new` span, turned towards `old`, and R = U_new^T U_old of each, [stack, k, k].
 
     Where the subspace stays, so do its coordinates. Singular vectors themselves would turn and change signs
     with every gradient, and squares lose what was known of them; and on both sides they would make the
     coordinates diagonal: rounding errors beside the diagonal, which Adam scales to 1.
     """
-    turn = jnp.einsum("smi,smj->sij", new, old, precision=_HIGHEST)
-    within = cholesky_qr2(turn)
-    new = jnp.einsum("smi,sij->smj", new, within, precision=_HIGHEST)
-    return new, jnp.einsum("sij,sik->sjk", within, turn, precision=_HIGHEST)
+    turns = [jnp.einsum("smi,smj->sij", u, v, precision=_HIGHEST) for u, v in zip(new, old, strict=True)]
+    within = orthonormal(turns)
+    new = [jnp.einsum("smi,sij->smj", u, r, precision=_HIGHEST) for u, r in zip(new, within, strict=True)]
+    return new, [
+        jnp.einsum("sij,sik->sjk", r, turn, precision=_HIGHEST) for r, turn in zip(within, turns, strict=True)
+    ]
 
 
 def _moved(x: jax.Array, moment: Moment, part: Part, left: Any, right: Any) -> jax.Array:

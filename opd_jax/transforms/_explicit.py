@@ -1,10 +1,10 @@
-"""Layouts on a mesh with Explicit axes, where each operation's result must have a stated sharding."""
+"""Layouts: mesh axes that are Explicit want one for each result, and on Auto ones XLA wants hints."""
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 
 def explicit_mesh(tree: Any) -> AbstractMesh | None:
@@ -24,7 +24,7 @@ def spec_of(leaf: Any) -> tuple:
     return tuple(jax.typeof(leaf).sharding.spec)
 
 
-def fitted(names: Any, size: int, mesh: AbstractMesh | None) -> Any:
+def fitted(names: Any, size: int, mesh: AbstractMesh | Mesh | None) -> Any:
     """The mesh axes if they divide the size, else None."""
     if names is None or mesh is None:
         return None
@@ -54,3 +54,13 @@ def auto(function: Callable, specs: Any, *args: Any) -> Any:
 def laid_out(x: jax.Array, spec: PartitionSpec, mesh: AbstractMesh | None) -> jax.Array:
     """A new array with that sharding in its type, if there is a mesh with Explicit axes."""
     return x if mesh is None else jax.sharding.reshard(x, NamedSharding(mesh, spec))
+
+
+def whole(x: jax.Array, *axes: int) -> jax.Array:
+    """Where the compiler lays out x on a mesh: with these axes on every device, the others as it likes."""
+    mesh = jax.typeof(x).sharding.mesh
+    mesh = jax.sharding.get_abstract_mesh() if mesh.empty else mesh
+    if mesh.empty or any(kind != AxisType.Auto for kind in mesh.axis_types):
+        return x
+    spec = [None if a in axes else PartitionSpec.UNCONSTRAINED for a in range(x.ndim)]
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*spec)))

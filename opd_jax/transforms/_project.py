@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 from jax.typing import ArrayLike
 
 from opd_jax.transforms import _coordinates as coordinates
@@ -118,8 +119,8 @@ def project_to_subspace(
 
     *Layout.* Coordinates have as many axes as their parameter: of the axes that make its rows (from the
     left) the first has size k and others 1. So rules that lay out moments as their parameters hold, if the
-    mesh axis divides k. On a mesh with Explicit axes an axis that it does not divide is left whole; use it
-    under `jax.set_mesh`. Coordinates, bases and moments are float32.
+    mesh axis divides k. `init` itself does so with arrays that are on a mesh, and leaves whole what it does
+    not divide. Use it under `jax.set_mesh` if axes are Explicit. Coordinates, bases and moments are float32.
 
     *Against* `optax.contrib.galore`: that takes an SVD in the step (minutes to compile on TPU, and it gathers
     a sharded matrix), leaves moments behind when the basis turns, takes no extra arguments and gives the
@@ -189,13 +190,12 @@ def project_to_subspace(
         parts = coordinates.parts(params, matrices, options.rank, options.sides, options.on_small)
         leaves, treedef = jax.tree.flatten(params)
         left, right = coordinates.first_bases(parts, leaves)
-        for part in parts:
-            leaves[part.matrix.index] = coordinates.zeros(part, leaves[part.matrix.index])
+        zeros = [coordinates.zeros(part, leaves[part.matrix.index]) for part in parts]
         kept = ()
         if options.feedback:
             kept = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=options.residual_dtype), params)
         energy = tuple(jnp.zeros(p.matrix.shape[0], jnp.float32) for p in parts)
-        return _state(inner.init(jax.tree.unflatten(treedef, leaves)), kept, left, right, energy)
+        return _state(inner.init(_with(zeros, parts, leaves, treedef)), kept, left, right, energy)
 
     def update(updates, state, params=None, **extra_args):
         if not jax.tree.leaves(updates):
@@ -275,10 +275,12 @@ def _update(
     if params is not None:
         params = _flat(params, treedef)
         small = coordinates.project(parts, _chosen(params, parts), *bases)
-        params = jax.tree.unflatten(treedef, _replaced(params, parts, small))
-    given = jax.tree.unflatten(treedef, _replaced(leaves, parts, inside))
+        params = _with(small, parts, params, treedef)
+    given = _with(inside, parts, leaves, treedef)
     out, inner_state = inner.update(given, state.project_inner, params, **extra_args)
-    out = _flat(out, treedef)
+    out = jax.tree.leaves(out)
+    if len(out) != len(leaves):
+        raise ValueError(f"project_to_subspace: inner made {len(out)} updates of {len(leaves)}")
     lifted = coordinates.lift(parts, _chosen(out, parts), *bases, like=grads)
     dtypes = [leaves[p.matrix.index].dtype for p in parts]
     lifted = [(options.scale * x).astype(dtype) for x, dtype in zip(lifted, dtypes, strict=True)]
@@ -299,6 +301,22 @@ def _replaced(flat: list, parts: tuple[Part, ...], values: list) -> list:
     for part, value in zip(parts, values, strict=True):
         flat[part.matrix.index] = value
     return flat
+
+
+def _with(values: list, parts: tuple[Part, ...], flat: list, treedef: Any) -> Any:
+    """The tree that the inner optimiser sees, with these coordinates.
+
+    They are not wrapped as flax wraps parameters: by the sharding in a variable's metadata nnx.Optimizer
+    would spread them over axes that need not divide them.
+    """
+    new = {id(value) for value in values}
+
+    def bare(node):
+        leaves = jax.tree.leaves(node)
+        return leaves[0] if len(leaves) == 1 and id(leaves[0]) in new else node
+
+    tree = jax.tree.unflatten(treedef, _replaced(flat, parts, values))
+    return jax.tree.map(bare, tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
 def _flat(tree: Any, treedef: Any) -> list:

@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import PartitionSpec as P
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 from opd_jax.transforms import spectrum
 from opd_jax.transforms._blocks import subspace_steps
@@ -137,7 +138,7 @@ def track_subspace(
             chosen = {matrix.index for matrix in found}
             leaves, treedef = jax.tree.flatten(params)
             leaves = [
-                jnp.zeros_like(leaf, dtype=displacement_dtype) if i in chosen else jnp.zeros([])
+                jnp.zeros_like(leaf, dtype=displacement_dtype) if i in chosen else jnp.zeros([], jnp.float32)
                 for i, leaf in enumerate(leaves)
             ]
             displacement = jax.tree.unflatten(treedef, leaves)
@@ -208,8 +209,7 @@ def _first(matrix: Matrix, rank: int, on_small: str) -> Probe:
         if on_small == "error":
             raise ValueError(text)
         warnings.warn(f"{text}; it is followed with rank {k}", stacklevel=4)
-    keys = jax.random.split(jax.random.key(matrix.index), stack)
-    right = jax.vmap(lambda key: spectrum.cholesky_qr2(jax.random.normal(key, (n, k))))(keys)
+    right = _random_bases(matrix.index, stack, n, k)
 
     def zeros(*shape):
         return jnp.zeros((stack, *shape), jnp.float32)
@@ -226,6 +226,12 @@ def _first(matrix: Matrix, rank: int, on_small: str) -> Probe:
         first_overlap=zeros(),
         lock_in=jnp.full(stack, -1, jnp.int32),
     )
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3))  # else an `init` outside of jit compiles each operation by itself
+def _random_bases(seed: ArrayLike, stack: int, n: int, k: int) -> jax.Array:
+    keys = jax.random.split(jax.random.key(seed), stack)
+    return jax.vmap(lambda key: spectrum.cholesky_qr2(jax.random.normal(key, (n, k), jnp.float32)))(keys)
 
 
 def _check_state(found: tuple[Matrix, ...], probes: tuple[Probe, ...], rank: int) -> None:
@@ -248,7 +254,7 @@ def _look(
     cold = jnp.concatenate([f & (norm > 0) for f, norm in zip(fresh, norms, strict=True)]).any()
     found = jax.lax.fori_loop(
         0,
-        jnp.where(cold, max(iterations, 4), iterations),
+        jnp.where(cold, jnp.maximum(iterations, 4), iterations),
         lambda _, found: subspace_steps(xs, [f.right for f in found]),
         [spectrum.Subspace(probe.left, probe.values, probe.right) for probe in old],
     )

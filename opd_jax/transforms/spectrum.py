@@ -11,30 +11,15 @@ References:
 
 import math
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-_matmul = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
-_EPS = float(jnp.finfo(jnp.float32).eps)
-_TINY = float(jnp.finfo(jnp.float32).tiny)
-
-
-class Subspace(NamedTuple):
-    """The leading singular directions of x [..., m, n], as far as they have been found.
-
-    Attributes:
-        left: [..., m, k] float32, orthonormal columns.
-        singular_values: [..., k] float32, descending.
-        right: [..., n, k] float32, orthonormal columns.
-    """
-
-    left: jax.Array
-    singular_values: jax.Array
-    right: jax.Array
+from opd_jax.transforms import _blocks as blocks
+from opd_jax.transforms._blocks import EPS, TINY, matmul, transposed
+from opd_jax.transforms._blocks import Subspace as Subspace
 
 
 def init_basis(size: int, k: int, seed: int = 0) -> jax.Array:
@@ -70,29 +55,8 @@ def cholesky_qr2(y: ArrayLike) -> jax.Array:
     m, k = y.shape[-2:]
     if k > m:
         raise ValueError(f"{k} columns of length {m} cannot be orthonormal")
-    noise = jax.random.normal(jax.random.key(m * 8191 + k), (m, k), jnp.float32) / math.sqrt(m)
-    scale = jnp.max(jnp.abs(y), axis=(-2, -1), keepdims=True)
-    y = y / jnp.where(scale > 0, scale, 1.0)  # squares neither overflow nor vanish
-    norms = jnp.sqrt(jnp.sum(y * y, axis=-2, keepdims=True))
-    # A column far below the largest is rounding: so small a singular value float32 cannot tell from 0.
-    floor = 8 * _EPS * jnp.max(norms, axis=-1, keepdims=True)
-    q = jnp.where(norms > floor, y / jnp.maximum(norms, _TINY), noise)
-    q = _cholesky_pass(q, shift=4 * k * _EPS)
-    # What depends on earlier columns has lost most of its length to the shift.
-    lengths = jnp.sum(q * q, axis=-2, keepdims=True)
-    q = jnp.where(lengths > 0.25, q, noise)
-    for _ in range(2):
-        q = _cholesky_pass(q, shift=k * _EPS)
-    return _cholesky_pass(q, shift=0.0)
-
-
-def _cholesky_pass(q: jax.Array, shift: float) -> jax.Array:
-    k = q.shape[-1]
-    gram = _matmul(_t(q), q)
-    factor = lax.linalg.cholesky(gram + shift * jnp.eye(k), symmetrize_input=False)
-    eye = jnp.broadcast_to(jnp.eye(k), gram.shape)
-    inverse = lax.linalg.triangular_solve(factor, eye, left_side=True, lower=True)
-    return _matmul(q, _t(inverse))
+    (q,) = blocks.orthonormal([y.reshape(-1, m, k)])
+    return q.reshape(y.shape)
 
 
 def subspace_step(x: ArrayLike, v: ArrayLike) -> Subspace:
@@ -112,16 +76,9 @@ def subspace_step(x: ArrayLike, v: ArrayLike) -> Subspace:
         are arbitrary.
     """
     x = jnp.asarray(x).astype(jnp.float32)
-    left = cholesky_qr2(_matmul(x, v))
-    image = _matmul(_t(x), left)
-    # Powers of two keep the squares in range; the scale is exact.
-    scale = jnp.max(jnp.abs(image), axis=(-2, -1), keepdims=True)
-    image = image / jnp.where(scale > 0, scale, 1.0)
-    _, rotation = jnp.linalg.eigh(_matmul(_t(image), image), symmetrize_input=True)
-    rotation = rotation[..., ::-1]  # ascending -> descending
-    left, image = _matmul(left, rotation), _matmul(image, rotation)
-    values = jnp.sqrt(jnp.sum(image * image, axis=-2)) * scale[..., 0]  # more accurate than the eigenvalues
-    return Subspace(left, values, cholesky_qr2(image))
+    v = jnp.asarray(v).astype(jnp.float32)
+    (found,) = blocks.subspace_steps([x.reshape(-1, *x.shape[-2:])], [v.reshape(-1, *v.shape[-2:])])
+    return jax.tree.map(lambda a: a.reshape(*x.shape[:-2], *a.shape[1:]), found)
 
 
 def subspace_iteration(
@@ -181,7 +138,7 @@ def energy(singular_values: ArrayLike, frobenius: ArrayLike) -> jax.Array:
     """Share of ||X||_F^2 in the given singular values, sum_i s_i^2 / ||X||_F^2: [..., k], [...] -> [...]."""
     part = (
         jnp.asarray(singular_values, jnp.float32)
-        / jnp.maximum(jnp.asarray(frobenius, jnp.float32), _TINY)[..., None]
+        / jnp.maximum(jnp.asarray(frobenius, jnp.float32), TINY)[..., None]
     )
     return jnp.minimum(jnp.sum(part * part, axis=-1), 1.0)
 
@@ -215,7 +172,7 @@ def effective_rank(singular_values: ArrayLike) -> jax.Array:
 def numerical_rank(singular_values: ArrayLike, shape: tuple[int, int], tol: float | None = None) -> jax.Array:
     """How many singular values [..., r] exceed `tol` times the largest; None: max(shape) 2^-23, as numpy."""
     s = jnp.asarray(singular_values).astype(jnp.float32)
-    tol = max(shape) * _EPS if tol is None else tol
+    tol = max(shape) * EPS if tol is None else tol
     return jnp.sum(s > tol * jnp.max(s, axis=-1, keepdims=True), axis=-1)
 
 
@@ -242,8 +199,8 @@ def top_norm_ratio(
     s = jnp.asarray(singular_values).astype(jnp.float32)
     size = s.shape[-1]
     rank = numerical_rank(s, (size, size)) if rank is None else jnp.asarray(rank)
-    k = jnp.ceil(fraction * rank.astype(jnp.float32) * (1 - 2 * _EPS))
-    first = s / jnp.maximum(jnp.max(s, axis=-1, keepdims=True), _TINY)
+    k = jnp.ceil(fraction * rank.astype(jnp.float32) * (1 - 2 * EPS))
+    first = s / jnp.maximum(jnp.max(s, axis=-1, keepdims=True), TINY)
     square = first * first
     leading = jnp.sum(jnp.where(jnp.arange(size) < k[..., None], square, 0.0), axis=-1)
     total = jnp.sum(square, axis=-1)
@@ -259,7 +216,7 @@ def column_alignment(u: ArrayLike, v: ArrayLike) -> jax.Array:
 def subspace_overlap(u: ArrayLike, v: ArrayLike) -> jax.Array:
     """||u^T v||_F^2 / k of orthonormal bases [..., m, k] -> [...]: 1 for equal spans, 0 for orthogonal ones,
     k / m on average for random ones."""
-    product = _matmul(_t(jnp.asarray(u, jnp.float32)), v)
+    product = matmul(transposed(jnp.asarray(u, jnp.float32)), v)
     return jnp.minimum(jnp.sum(product * product, axis=(-2, -1)) / product.shape[-1], 1.0)
 
 
@@ -269,8 +226,8 @@ def principal_angles(u: ArrayLike, v: ArrayLike) -> jax.Array:
     u, v = jnp.asarray(u, jnp.float32), jnp.asarray(v, jnp.float32)
     if u.shape[-1] > v.shape[-1]:
         u, v = v, u
-    cosines = _values(_matmul(_t(u), v))
-    sines = _values(u - _matmul(v, _matmul(_t(v), u)))[..., ::-1]
+    cosines = _values(matmul(transposed(u), v))
+    sines = _values(u - matmul(v, matmul(transposed(v), u)))[..., ::-1]
     return jnp.where(
         cosines > 0.7, jnp.arcsin(jnp.minimum(sines, 1.0)), jnp.arccos(jnp.minimum(cosines, 1.0))
     )
@@ -278,9 +235,9 @@ def principal_angles(u: ArrayLike, v: ArrayLike) -> jax.Array:
 
 def _values(x: jax.Array) -> jax.Array:
     """Singular values of a matrix with one small side, descending, from its small Gram matrix."""
-    x = x if x.shape[-1] <= x.shape[-2] else _t(x)
-    _, rotation = jnp.linalg.eigh(_matmul(_t(x), x))
-    image = _matmul(x, rotation[..., ::-1])
+    x = x if x.shape[-1] <= x.shape[-2] else transposed(x)
+    _, rotation = jnp.linalg.eigh(matmul(transposed(x), x))
+    image = matmul(x, rotation[..., ::-1])
     return jnp.sqrt(jnp.sum(image * image, axis=-2))
 
 
@@ -301,10 +258,10 @@ def factored(a: ArrayLike, b: ArrayLike) -> Subspace:
         7.0711
     """
     a, b = jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)
-    left, right = cholesky_qr2(a), cholesky_qr2(_t(b))
-    core = _matmul(_matmul(_t(left), a), _matmul(b, right))
+    left, right = cholesky_qr2(a), cholesky_qr2(transposed(b))
+    core = matmul(matmul(transposed(left), a), matmul(b, right))
     u, s, vt = jnp.linalg.svd(core)
-    return Subspace(_matmul(left, u), s, _matmul(right, _t(vt)))
+    return Subspace(matmul(left, u), s, matmul(right, transposed(vt)))
 
 
 def effective_rank_estimate(
@@ -341,16 +298,17 @@ def effective_rank_estimate(
     if subspace is not None:
         known, basis = subspace.singular_values, subspace.right
     if x.shape[-1] > x.shape[-2]:
-        x, basis = _t(x), None if subspace is None else subspace.left
+        x, basis = transposed(x), None if subspace is None else subspace.left
     n = x.shape[-1]
     if subspace is None:
-        known, basis = jnp.zeros((*x.shape[:-2], 0)), jnp.zeros((*x.shape[:-2], n, 0))
+        known = jnp.zeros((*x.shape[:-2], 0), jnp.float32)
+        basis = jnp.zeros((*x.shape[:-2], n, 0), jnp.float32)
     steps = min(steps, n - basis.shape[-1])
-    scale = jnp.maximum(frobenius_norm(x), _TINY)
+    scale = jnp.maximum(frobenius_norm(x), TINY)
     one = partial(_quadrature, probes=probes, steps=steps, seed=seed)
     stack = math.prod(x.shape[:-2])
     flat = x.reshape(stack, *x.shape[-2:]), basis.reshape(stack, *basis.shape[-2:]), scale.reshape(stack)
-    sums = jax.vmap(one)(*flat) if steps > 0 else jnp.zeros((len(flat[2]), 2))
+    sums = jax.vmap(one)(*flat) if steps > 0 else jnp.zeros((len(flat[2]), 2), jnp.float32)
     sums = sums.reshape(*scale.shape, 2)
     s = known / scale[..., None]
     total = sums[..., 0] + s.sum(-1)
@@ -365,16 +323,16 @@ def _quadrature(x, basis, scale, *, probes: int, steps: int, seed: int) -> jax.A
     rest = n - basis.shape[-1]
 
     def deflate(v):
-        return v - _matmul(basis, _matmul(basis.T, v))
+        return v - matmul(basis, matmul(basis.T, v))
 
     start = deflate(jax.random.rademacher(jax.random.key(seed), (n, probes), jnp.float32))
     start = deflate(start)
-    vectors = jnp.zeros((steps + 1, n, probes)).at[0].set(start / jnp.linalg.norm(start, axis=0))
+    vectors = jnp.zeros((steps + 1, n, probes), jnp.float32).at[0].set(start / jnp.linalg.norm(start, axis=0))
 
     def step(i, carry):
         vectors, alphas, betas = carry
         v = vectors[i]
-        w = deflate(_matmul(x.T, _matmul(x, v) / scale) / scale)
+        w = deflate(matmul(x.T, matmul(x, v) / scale) / scale)
         alpha = jnp.sum(w * v, axis=0)
         for _ in range(2):  # full reorthogonalisation, twice is enough
             inner = jnp.einsum("snp,np->sp", vectors, w, precision=lax.Precision.HIGHEST)
@@ -384,7 +342,7 @@ def _quadrature(x, basis, scale, *, probes: int, steps: int, seed: int) -> jax.A
         vectors = vectors.at[i + 1].set(jnp.where(alive, w / jnp.where(alive, beta, 1.0), 0.0))
         return vectors, alphas.at[i].set(alpha), betas.at[i].set(jnp.where(alive, beta, 0.0))
 
-    zeros = jnp.zeros((steps, probes))
+    zeros = jnp.zeros((steps, probes), jnp.float32)
     _, alphas, betas = lax.fori_loop(0, steps, step, (vectors, zeros, zeros))
     tridiagonal = jax.vmap(lambda a, b: jnp.diag(a) + jnp.diag(b, 1) + jnp.diag(b, -1))
     matrix = tridiagonal(alphas.T, betas.T[:, :-1])
@@ -393,7 +351,3 @@ def _quadrature(x, basis, scale, *, probes: int, steps: int, seed: int) -> jax.A
     s = jnp.sqrt(jnp.maximum(nodes, 0.0))
     logs = jnp.where(s > 0, s * jnp.log(jnp.where(s > 0, s, 1.0)), 0.0)
     return rest * jnp.stack([jnp.mean(jnp.sum(weights * f, -1)) for f in (s, logs)])
-
-
-def _t(x: jax.Array) -> jax.Array:
-    return jnp.swapaxes(x, -2, -1)

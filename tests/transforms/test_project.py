@@ -1,6 +1,7 @@
 """project_to_subspace against numpy, unprojected optimisers and optax.contrib.galore."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -385,15 +386,46 @@ def test_explicit_axes_that_do_not_divide():
     assert jax.typeof(after.project_inner[0].trace["up"]).sharding.spec == jax.P(None, None, "tensor")
 
 
-def test_auto_mesh_and_nnx_optimizer():
-    """Variables with sharding metadata; moments are laid out as their parameters are."""
+@pytest.mark.parametrize("sides", ["left", "right"])
+def test_no_matrix_is_gathered(sides):
+    """Two kernels of one shape, laid out in opposite ways: only what has k rows or columns is sent about."""
+    mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    specs = {"q": jax.P(None, "fsdp", "tensor"), "o": jax.P(None, "tensor", "fsdp")}
+    params = {
+        name: jax.ShapeDtypeStruct((2, 64, 64), jnp.float32, sharding=jax.NamedSharding(mesh, spec))
+        for name, spec in specs.items()
+    }
+    tx = project_to_subspace(optax.scale_by_adam(), 8, sides=sides, residual="error_feedback")
+    whole = jax.NamedSharding(mesh, jax.P())
+    shardings = optax.tree.map_params(
+        tx,
+        lambda _, p: p.sharding,
+        jax.eval_shape(tx.init, params),
+        params,
+        transform_non_params=lambda part: jax.tree.map(lambda _: whole, part),
+    )
+    state = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        jax.eval_shape(tx.init, params),
+        shardings,
+    )
+    out = (jax.tree.map(lambda p: p.sharding, params), shardings)
+    text = jax.jit(tx.update, out_shardings=out).lower(params, state, params).compile().as_text()
+    found = re.findall(r"= .*?f32\[([\d,]+)\].* (?:all-gather|all-reduce|all-to-all)(?:-start)?\(", text)
+    shapes = [[int(n) for n in dims.split(",")] for dims in found]
+    assert shapes and all(min(shape[-2:]) <= 8 for shape in shapes if len(shape) > 1)
+
+
+@pytest.mark.parametrize("rank", [4, 3])
+def test_auto_mesh_and_nnx_optimizer(rank):
+    """Variables with sharding metadata; moments lie as their parameters do, if the axis divides k."""
     mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     grad = jnp.outer(jnp.arange(1.0, 9.0), jnp.array([1.0, -1.0, 2.0, 1.0]))
     with jax.set_mesh(mesh):
         init = nnx.with_partitioning(nnx.initializers.lecun_normal(), ("fsdp", "tensor"))
         model = nnx.Linear(8, 4, kernel_init=init, use_bias=False, rngs=nnx.Rngs(0))
         start = jnp.copy(model.kernel[...])
-        tx = project_to_subspace(optax.sgd(0.1, momentum=0.5), 4, residual="error_feedback", refresh=1)
+        tx = project_to_subspace(optax.sgd(0.1, momentum=0.5), rank, residual="error_feedback", refresh=1)
         optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
 
         @nnx.jit
@@ -402,7 +434,11 @@ def test_auto_mesh_and_nnx_optimizer():
 
         step(model, optimizer)
         step(model, optimizer)
+    trace = optimizer.opt_state.project_inner[0].trace["kernel"][...]
+    assert trace.shape == (rank, 4)
     assert model.kernel[...].sharding.spec == jax.P("fsdp", "tensor")
+    if rank == 4:
+        assert trace.sharding.spec == jax.P("fsdp", "tensor")
     np.testing.assert_allclose(model.kernel[...], start - 0.25 * grad, atol=1e-5)
 
 
