@@ -104,7 +104,7 @@ def _required(config: "Config") -> Iterator[str]:
     if config.objective == "opd":
         if not teacher and not config.teachers:
             yield "teacher.path is missing: objective opd learns from a teacher"
-        elif teacher and teacher == student and config.teacher.context is None and config.teacher.ema is None:
+        elif teacher and teacher == student and _nothing_to_learn(config):
             yield (
                 f"teacher.path is student.path ({student!r}), so the loss is zero; name another "
                 "model, or give the teacher a privileged prompt with teacher.context"
@@ -125,6 +125,13 @@ def _required(config: "Config") -> Iterator[str]:
                 f"teacher.path is {teacher!r}, but kl_coefficient is 0, so objective grpo would "
                 "never use this reference model; remove it or give a kl_coefficient"
             )
+
+
+def _nothing_to_learn(config: "Config") -> bool:
+    """Whether a teacher that is the student as it starts has nothing to say."""
+    other = config.reference.path not in ("", config.student.path)  # the way from there to the teacher
+    seen = config.teacher.context is not None or config.teacher.ema is not None
+    return not (seen or other or config.task_weight)  # beside a task, the divergence holds the student back
 
 
 def _unused(values: dict[str, Any], defaults: dict[str, Any], config: "Config") -> Iterator[str]:

@@ -54,7 +54,7 @@ def _watching(config: "Config") -> Iterator[str]:
     ):
         if value < low:
             yield f"foresight.{key} is {value}; it must be at least {low}"
-    if 0 < config.steps <= allocate.steps:
+    if 0 < config.steps < allocate.steps:
         yield (
             f"foresight.allocate.steps is {allocate.steps}, but the run has {config.steps} steps: what is "
             "measured would come to nothing"

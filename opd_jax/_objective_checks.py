@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from opd_jax.config import Config
 
 _SAMPLED = ("sampled_reverse_kl", "sampled_tail_reverse_kl", "extrapolated_reverse_kl")
+# What one of several teachers says besides its path.
+_CHOICES = {"dtype": ("float32", "bfloat16"), "attention": ("auto", "xla", "cudnn", "splash")}
 # Arguments that have a key of their own.
 _ELSEWHERE = {
     "k": "loss_top_k",
@@ -57,9 +60,10 @@ def used(config: "Config") -> Iterator[tuple[tuple[str, ...], bool, str]]:
         clipped,
         (f"loss {loss} sums over the whole vocabulary and has no importance weight" if divergence else ours),
     )
-    yield ("loss_temperature",), divergence, f"loss {loss} scores the law that was sampled, at temperature 1"
+    sampled_law = f"loss {loss} scores the law that was sampled, at temperature 1"
+    yield ("loss_temperature",), divergence, sampled_law if opd else ours
     top_k = divergence or (opd and loss == "sampled_tail_reverse_kl")
-    yield ("loss_top_k",), top_k, f"loss {loss} looks at the sampled token alone"
+    yield ("loss_top_k",), top_k, f"loss {loss} looks at the sampled token alone" if opd else ours
     yield ("loss_support",), top_k and config.loss_top_k > 0, "loss_top_k is 0: the whole vocabulary counts"
     yield (
         ("reference.path", "reference.dtype", "reference.attention"),
@@ -70,11 +74,12 @@ def used(config: "Config") -> Iterator[tuple[tuple[str, ...], bool, str]]:
     yield ("tokens.weights",), opd, ours
     yield ("tokens.strength",), measured == "prefix_drift", f"tokens.weights is {measured}"
     yield ("tokens.fraction",), measured == "high_entropy", f"tokens.weights is {measured}"
-    yield ("tokens.drop_truncated",), not sft, ours
+    sampled = not sft and config.lmbda > 0
+    written = sampled or ((sft or off_policy) and config.off_policy == "teacher")
+    yield ("tokens.drop_truncated",), written, "no completion is sampled: the data set's are whole"
     stops = config.early_stop
     yield ("early_stop.overlap",), opd, ours
     yield ("early_stop.window",), stops.overlap > 0, "early_stop.overlap is 0"
-    sampled = not sft and config.lmbda > 0
     yield ("early_stop.horizon",), sampled, "nothing is sampled from the student"
     yield ("early_stop.horizon_steps",), stops.horizon > 0, "early_stop.horizon is 0"
     yield ("lora.alpha", "lora.targets", "lora.save"), config.lora.rank > 0, "lora.rank is 0: no adapters"
@@ -102,7 +107,9 @@ def _loss_options(config: "Config") -> Iterator[str]:
             near = difflib.get_close_matches(key, parameters, n=1)
             hint = f"{name} takes {', '.join(parameters)}" if parameters else f"{name} takes none"
             hint = f"did you mean {near[0]!r}?" if near else hint
-            if key in _ELSEWHERE and _ELSEWHERE[key] not in parameters:
+            if _ELSEWHERE.get(key) in parameters:
+                hint = f"did you mean {_ELSEWHERE[key]!r}?"
+            elif key in _ELSEWHERE and _ELSEWHERE[key] != "scale":  # which only ExOPD has
                 hint = f"it is the key {_ELSEWHERE[key]}"
             yield f"loss_options.{key}: {name} has no such option; {hint}"
             before = False
@@ -131,7 +138,8 @@ def _teacher(config: "Config") -> Iterator[str]:
     teacher, student = config.teacher, config.student.path
     if config.objective != "opd":
         return
-    kinds = [name for name in ("ema", "align", "cache") if getattr(teacher, name) not in (None, False)]
+    kinds = {"ema": teacher.ema is not None, "align": teacher.align, "cache": teacher.cache is not None}
+    kinds = [name for name, is_set in kinds.items() if is_set]
     if len(kinds) > 1:
         yield f"teacher.{kinds[0]} and teacher.{kinds[1]} exclude each other"
     if teacher.ema is not None:
@@ -148,6 +156,8 @@ def _teacher(config: "Config") -> Iterator[str]:
             yield "teacher.dtype and teacher.attention are set, but an averaged teacher takes the student's"
         if config.evaluation.teacher:
             yield "evaluation.teacher is true, but with teacher.ema the teacher starts as the student"
+        if config.lmbda < 1 and config.off_policy == "teacher":
+            yield "off_policy is teacher, but an averaged teacher (teacher.ema) writes no completions"
     if teacher.align:
         if config.loss != "sampled_reverse_kl" or config.loss_options:
             yield (
@@ -156,6 +166,11 @@ def _teacher(config: "Config") -> Iterator[str]:
             )
         if config.tokens.weights != "uniform" or config.early_stop.overlap:
             yield "teacher.align goes with tokens.weights: uniform and early_stop.overlap: 0"
+        if config.evaluation.teacher:
+            yield (
+                "evaluation.teacher is true, but with teacher.align the prompts are in the student's tokens; "
+                "use `opd-jax evaluate`"
+            )
     if teacher.cache is not None:
         if config.lmbda != 0 or config.off_policy != "data":
             yield "teacher.cache knows the data set's completions alone: set lmbda: 0"
@@ -176,26 +191,23 @@ def _teachers(config: "Config") -> Iterator[str]:
         yield f"{given} is set but {lacking} is not: a column of the data names each example's teacher"
     if not config.teachers:
         return
-    if (
-        config.teacher.path
-        or config.teacher.context
-        or config.teacher.ema is not None
-        or config.teacher.align
-    ):
+    if config.teacher != type(config.teacher)():
         yield "teacher and teachers are both set; with several teachers, all stand in `teachers`"
     if config.evaluation.teacher:
         yield "evaluation.teacher is true, but there are several; evaluate them with `opd-jax evaluate`"
     if config.lmbda < 1 and config.off_policy == "teacher":
         yield "off_policy is teacher, but there are several"
-    allowed = ("path", "dtype", "attention")
+    known = ("path", *_CHOICES)
     for name, options in config.teachers.items():
-        if not isinstance(options, dict) or not options.get("path"):
+        path = options.get("path") if isinstance(options, dict) else None
+        if not isinstance(path, str) or not path:
             yield f"teachers.{name} must be a mapping with a path, such as {{path: my/teacher}}"
             continue
-        for key in options.keys() - set(allowed):
-            yield f"teachers.{name}.{key}: unknown key; a teacher has {', '.join(allowed)}"
-        if options.get("dtype", "float32") not in ("float32", "bfloat16"):
-            yield f"teachers.{name}.dtype is {options['dtype']!r}; it must be float32 or bfloat16"
+        for key in sorted(options.keys() - set(known)):
+            yield f"teachers.{name}.{key}: unknown key; a teacher has {', '.join(known)}"
+        for key, allowed in _CHOICES.items():
+            if options.get(key, allowed[0]) not in allowed:
+                yield f"teachers.{name}.{key} is {options[key]!r}; it must be one of {', '.join(allowed)}"
 
 
 def _completions(config: "Config") -> Iterator[str]:
@@ -216,7 +228,7 @@ def _completions(config: "Config") -> Iterator[str]:
 
 
 def _task(config: "Config") -> Iterator[str]:
-    if config.task_weight < 0:
+    if not 0 <= config.task_weight < math.inf:
         yield f"task_weight is {config.task_weight}; it must be at least 0"
     if config.task_weight > 0 and config.samples_per_prompt < 2:
         yield (
@@ -231,10 +243,16 @@ def _task(config: "Config") -> Iterator[str]:
 
 def _counting(config: "Config") -> Iterator[str]:
     tokens, stop = config.tokens, config.early_stop
-    if tokens.strength < 0:
+    if not 0 <= tokens.strength < math.inf:
         yield f"tokens.strength is {tokens.strength}; it must be at least 0"
     if not 0 < tokens.fraction <= 1:
         yield f"tokens.fraction is {tokens.fraction}; it must be above 0 and at most 1"
+    options = config.loss_options
+    if tokens.weights == "high_entropy" and (options.get("discount") or options.get("level") == "sequence"):
+        yield (
+            "tokens.weights is high_entropy, which leaves tokens out, but loss_options.discount and level: "
+            "sequence need whole completions; take discount 0 and level: token"
+        )
     if not 0 <= stop.overlap <= 1:
         yield f"early_stop.overlap is {stop.overlap}; it must be from 0 to 1"
     if stop.window < 1:
@@ -246,7 +264,7 @@ def _counting(config: "Config") -> Iterator[str]:
         )
     if config.loss_top_k < 0:
         yield f"loss_top_k is {config.loss_top_k}; it must be at least 0"
-    if not config.loss_temperature > 0:
+    if not 0 < config.loss_temperature < math.inf:
         yield f"loss_temperature is {config.loss_temperature}; it must be above 0"
 
 
@@ -254,7 +272,7 @@ def _lora(config: "Config") -> Iterator[str]:
     lora = config.lora
     if lora.rank < 0:
         yield f"lora.rank is {lora.rank}; it must be at least 0"
-    if not lora.alpha > 0:
+    if not 0 < lora.alpha < math.inf:
         yield f"lora.alpha is {lora.alpha}; it must be above 0"
     if not lora.targets:
         yield "lora.targets is empty; name modules, such as [q, v]"

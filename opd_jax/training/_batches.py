@@ -35,12 +35,15 @@ def make_batch(
         else:
             drawn = _sample(setup, setup.teacher, prompts, jax.random.fold_in(key, _ROUND), on_progress)
             batch, metrics = drawn.batch._replace(rollout_log_probs=None), _ends(drawn.finish)
+            if config.tokens.drop_truncated:
+                batch = _without_truncated(batch, drawn.finish)
     elif config.objective == "grpo" or config.task_weight:
         batch, metrics = _rewarded(setup, params, step, key, on_progress)
     else:
-        drawn = _sample(setup, setup.model(params), prompts, key, on_progress, _horizon(setup, step))
+        limit = _horizon(setup, step)
+        drawn = _sample(setup, setup.model(params), prompts, key, on_progress, limit)
         batch, metrics = drawn.batch, _ends(drawn.finish)
-        if config.tokens.drop_truncated:
+        if config.tokens.drop_truncated and limit == config.max_new_tokens:
             batch = _without_truncated(batch, drawn.finish)
     if setup.retokenize is not None:
         batch = setup.retokenize(batch, prompts)
@@ -181,7 +184,7 @@ def _rewarded(setup, params, step, key, on_progress) -> tuple[Batch, dict[str, f
     batch, rewards, finish = jax.tree.map(lambda *a: np.concatenate(a)[: config.batch_size], *parts)
     advantages = np.asarray(losses.group_advantages(rewards, n, normalise=config.normalise_advantages))
     batch = batch._replace(advantages=np.where(batch.mask, advantages[:, None], np.float32(0)))
-    if config.tokens.drop_truncated:
+    if config.tokens.drop_truncated and limit == config.max_new_tokens:
         batch = _without_truncated(batch, finish)
     return batch, metrics
 

@@ -6,6 +6,7 @@ import numpy as np
 
 from opd_jax import models, tasks
 from opd_jax.config import Config
+from opd_jax.rollout import bucket
 from opd_jax.training._step import Batch
 
 
@@ -30,8 +31,9 @@ class Retokenize:
         self._stop = models.stop_token_ids(path, self._theirs)[0]
         for each in (self._mine, self._theirs):
             tasks.token_bytes(each, [])
+        self._kept = prompts.kept
         self._prompts = tasks.Prompts(
-            prompts.task,
+            _Kept(prompts),
             self._theirs,
             batch_size=1,
             max_prompt_length=2**30,
@@ -39,11 +41,12 @@ class Retokenize:
             context_template=config.teacher.context,
             shuffle=False,
         )
-        self._width = 0  # grows to what was needed: each width compiles its own pass
         longest, limit = (
             self._prompts.context_longest or self._prompts.longest,
             models.load_config(path).max_length,
         )
+        # Each width compiles its own pass. It follows from the batch alone: a resumed run has no other sums.
+        self._least, self._most = bucket(config.max_new_tokens), limit - longest
         if longest + config.max_new_tokens > limit:
             raise ValueError(
                 f"the longest prompt has {longest} of the teacher's tokens and max_new_tokens is "
@@ -53,14 +56,16 @@ class Retokenize:
     def __call__(self, batch: Batch, prompts: tasks.PromptBatch) -> Batch:
         """The batch with the teacher's prompts, its tokens of the completions, and the spans they share."""
         rows, mask = len(batch.completions), np.asarray(batch.mask)
-        theirs = self._prompts.take(np.repeat(prompts.ids, rows // len(prompts.ids)))
+        ids = np.searchsorted(self._kept, prompts.ids)
+        theirs = self._prompts.take(np.repeat(ids, rows // len(prompts.ids)))
         own = theirs.context_tokens is None
         lengths, completions = mask.sum(-1), np.asarray(batch.completions)
-        found = tasks.retokenize(
-            self._theirs, self._mine, completions, lengths=lengths, stops=self._stops, teacher_stop=self._stop
-        )
-        self._width = max(self._width, found.teacher_ids.shape[1])
-        beyond = ((0, 0), (0, self._width - found.teacher_ids.shape[1]))
+        options = dict(lengths=lengths, stops=self._stops, teacher_stop=self._stop)
+        found = tasks.retokenize(self._theirs, self._mine, completions, **options)
+        width = min(max(self._least, found.teacher_ids.shape[1]), self._most)
+        if width < found.teacher_ids.shape[1]:  # what the teacher has no positions for is in no span
+            found = tasks.retokenize(self._theirs, self._mine, completions, width=width, **options)
+        beyond = ((0, 0), (0, width - found.teacher_ids.shape[1]))
         return batch._replace(
             teacher_prompts=theirs.tokens if own else theirs.context_tokens,
             teacher_prompt_lengths=theirs.lengths if own else theirs.context_lengths,
@@ -68,3 +73,17 @@ class Retokenize:
             teacher_spans=np.pad(found.teacher_spans, beyond, constant_values=-1),
             spans=found.student_spans,
         )
+
+
+class _Kept:
+    """The examples of a task that the student's prompts keep, as a task."""
+
+    def __init__(self, prompts: tasks.Prompts):
+        self._task, self._ids = prompts.task, prompts.kept
+        self.name, self.verify = prompts.task.name, prompts.task.verify
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __getitem__(self, index: int) -> tasks.Example:
+        return self._task[int(self._ids[index])]

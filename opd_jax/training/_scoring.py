@@ -22,8 +22,10 @@ class Scorer:
         teachers: models that the loss compares distributions with; empty with an averaged or cached teacher.
         aligned: a teacher of another tokenizer, or None.
         reference: the model that progress is measured from, or None.
+        vocab_size: tokens that the distributions range over; None: those that student and teachers share.
 
     Attributes:
+        vocab_size: as given.
         graphdefs: of the teachers, as `make_update` takes them.
         passes: whether there is anything to score.
         measures: whether `measure` must be called before the update.
@@ -38,7 +40,9 @@ class Scorer:
         *,
         aligned: nnx.Module | None = None,
         reference: nnx.Module | None = None,
+        vocab_size: int | None = None,
     ):
+        self.vocab_size = vocab_size
         self._ema, self._frozen = config.teacher.ema is not None, frozen
         self._models = [nnx.state(teacher) for teacher in teachers]
         self.graphdefs = [student] if self._ema else [nnx.graphdef(teacher) for teacher in teachers]
@@ -49,8 +53,8 @@ class Scorer:
         size |= dict(loss_chunk=config.loss_chunk)
         self._aligned, self._reference = aligned, reference
         self._log_probs = {
-            name: make_log_probs(nnx.graphdef(model), **size)
-            for name, model in (("aligned", aligned), ("reference", reference))
+            name: make_log_probs(nnx.graphdef(model), **size, vocab_size=tokens)
+            for name, model, tokens in (("aligned", aligned, None), ("reference", reference, vocab_size))
             if model is not None
         }
         self.passes = bool(self.graphdefs or self._log_probs)

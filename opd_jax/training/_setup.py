@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 from collections.abc import Collection
 from typing import Any
 
@@ -13,7 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from opd_jax import models, tasks
-from opd_jax.config import Config, TeacherConfig
+from opd_jax.config import Config, ReferenceConfig, TeacherConfig
 from opd_jax.parallel import make_mesh
 from opd_jax.training._logging import Display
 from opd_jax.training._objectives import make_objective, weight_bounds
@@ -80,6 +81,7 @@ def prepare(config: Config, display: Display) -> tuple[Setup, State]:
             top_k=config.teacher.cache_top_k,
             temperature=config.loss_temperature,
         )
+        _check_writer(config, cache)
     retokenize = None
     if config.teacher.align:
         retokenize = Retokenize(config, tokenizer, stops, prompts)
@@ -96,7 +98,13 @@ def prepare(config: Config, display: Display) -> tuple[Setup, State]:
         reference = load("reference", own)
     scored = [] if config.objective == "sft" or config.teacher.align else teachers
     aligned = teachers[0] if config.teacher.align else None
-    scorer = Scorer(config, graphdef, frozen, scored, aligned=aligned, reference=reference)
+    vocab_size = None if cache is None else cache.vocab_size
+    if reference is not None:
+        widths = [model.config.vocab_size for model in (*teachers, reference)]
+        vocab_size = min(models.load_config(config.student.path).vocab_size, *widths)
+    scorer = Scorer(
+        config, graphdef, frozen, scored, aligned=aligned, reference=reference, vocab_size=vocab_size
+    )
     optimizer = make_optimizer(config.optimizer, config.foresight)
     average = None if config.teacher.ema is None else jax.tree.map(jnp.copy, params)
     anchor = None if config.foresight.extrapolate.schedule == "off" else jax.tree.map(jnp.copy, params)
@@ -161,7 +169,9 @@ def read_data(
     tokenizer = models.load_tokenizer(config.student.path)
     stops = models.stop_token_ids(config.student.path, tokenizer)
     for name, each in config.all_teachers.items():
-        _check_tokenizers(config, name, each, tokenizer, stops)
+        _check_tokenizers(config, _called("teacher", name), each, tokenizer, stops)
+    if config.reference.path:
+        _check_tokenizers(config, "reference", config.reference, tokenizer, stops)
     prompts, held_out = _data(config, tokenizer, display)
     _check_lengths(config, prompts, held_out)
     return tokenizer, stops, prompts, held_out
@@ -201,11 +211,22 @@ def _called(kind: str, name: str) -> str:
     return f"{kind} {name}".strip()
 
 
+def _check_writer(config: Config, cache: TeacherCache) -> None:
+    """Raises ValueError if the cache names another teacher than the config."""
+    paths = [os.path.realpath(os.path.expanduser(path)) for path in (cache.teacher, config.teacher.path)]
+    if cache.teacher and paths[0] != paths[1]:
+        raise ValueError(
+            f"{cache.folder} was written by the teacher {cache.teacher}, but teacher.path is "
+            f"{config.teacher.path}; set that, or run opd-jax cache-teacher, which finds out whether they "
+            "are the same model"
+        )
+
+
 def _check_tokenizers(
-    config: Config, name: str, teacher: TeacherConfig, tokenizer: Any, stops: tuple
+    config: Config, name: str, teacher: TeacherConfig | ReferenceConfig, tokenizer: Any, stops: tuple
 ) -> None:
     theirs = models.load_tokenizer(teacher.path)
-    if teacher.align:
+    if getattr(teacher, "align", False):
         return
     check_pair(
         tokenizer,
@@ -213,7 +234,7 @@ def _check_tokenizers(
         stops=stops,
         teacher_stops=models.stop_token_ids(teacher.path, theirs),
         chat=config.data.chat == "auto",
-        name=_called("teacher", name),
+        name=name,
     )
 
 
@@ -235,6 +256,7 @@ def _update(
         micro_batches=config.micro_batches,
         loss_chunk=config.loss_chunk,
         temperature=config.loss_temperature,
+        vocab_size=scorer.vocab_size,
         ema=config.teacher.ema,
         still=names,
         shardings=shardings,
@@ -323,6 +345,8 @@ def _check_lengths(config: Config, prompts: tasks.Prompts, held_out: tasks.Promp
             continue
         context = prompts.context_longest or longest
         wanted.append((_called("teacher", name), teacher.path, "teacher.context", context))
+    if config.reference.path:
+        wanted.append(("reference", config.reference.path, "data.max_prompt_length", longest))
     for name, path, key, prompt in wanted:
         limit = models.load_config(path).max_length
         if prompt + config.max_new_tokens > limit:

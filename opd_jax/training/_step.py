@@ -113,9 +113,11 @@ def make_score(graphdef: nnx.GraphDef, micro_batches: int, dtype: Any = None) ->
     return score
 
 
-def make_log_probs(graphdef: nnx.GraphDef, micro_batches: int, loss_chunk: int) -> Callable[..., jax.Array]:
+def make_log_probs(
+    graphdef: nnx.GraphDef, micro_batches: int, loss_chunk: int, vocab_size: int | None = None
+) -> Callable[..., jax.Array]:
     """The compiled pass of a model that only judges what was sampled: (params, prompts, prompt_lengths,
-    completions) -> log-probs of the completions' tokens [B, N] float32."""
+    completions) -> log-probs of the completions' tokens [B, N] float32, among the first `vocab_size`."""
 
     @jax.jit
     def log_probs(params, *rows) -> jax.Array:
@@ -125,7 +127,7 @@ def make_log_probs(graphdef: nnx.GraphDef, micro_batches: int, loss_chunk: int) 
             hidden, ids = completion_states(model, *row), row[-1]
             return _over_tokens(
                 lambda tokens: tokens.log_probs(tokens.student),
-                model, (), Batch(*row[:2], ids, jnp.ones(ids.shape, bool)), hidden, (), loss_chunk,
+                model, (), Batch(*row[:2], ids, ids >= 0), hidden, (), loss_chunk, vocab_size,
             )  # fmt: skip
 
         return _join(jax.lax.map(part, _split(rows, micro_batches)))
@@ -178,6 +180,7 @@ def make_update(
     micro_batches: int = 1,
     loss_chunk: int = 512,
     temperature: float = 1.0,
+    vocab_size: int | None = None,
     ema: float | None = None,
     still: Collection[str] = (),
     shardings: State | None = None,
@@ -200,6 +203,7 @@ def make_update(
         loss_chunk: tokens whose logits exist at a time.
         temperature: T, which divides the logits of student and teacher. The gradient of a divergence in the
             student's logits is 1 / T of that of the divergence in logits / T.
+        vocab_size: tokens that the distributions range over; None: those that student and teachers share.
         ema: decay of `state.ema`, which is then the only teacher: `teacher_params` is not used.
         still: names of parameters that stay as they are: no gradient of them is computed.
         shardings: of the state, which the new state keeps; without them XLA chooses, and a state laid out
@@ -225,7 +229,7 @@ def make_update(
             return terms, stats, tokens.mask, tokens.log_probs(tokens.student), theirs
 
         terms, stats, mask, log_probs, theirs = _over_tokens(
-            look, student, teachers, batch, hidden, teacher_hidden, loss_chunk
+            look, student, teachers, batch, hidden, teacher_hidden, loss_chunk, vocab_size
         )
         whole = Completions(
             mask=mask,
@@ -319,38 +323,38 @@ def _over_tokens(
     hidden: jax.Array,
     teacher_hidden: Sequence[jax.Array],
     loss_chunk: int,
+    vocab_size: int | None = None,
 ) -> Any:
     """`look` at all tokens, a chunk at a time: a tree of [B, N] arrays. Logits live as long as their chunk,
     also in the backward pass."""
 
     @jax.checkpoint
     def chunk(piece):
-        return look(_tokens(student, teachers, *piece))
+        return look(_tokens(student, teachers, vocab_size, *piece))
 
     fields = dict(ids=batch.completions, mask=batch.mask, rollout_log_probs=batch.rollout_log_probs)
     fields |= dict(support=batch.support, support_log_probs=batch.support_log_probs)
-    rows = batch.teacher_rows
-    rows = None if rows is None else jnp.broadcast_to(rows[:, None], batch.mask.shape)
+    rows = jax.tree.map(lambda a: jnp.broadcast_to(a[:, None], batch.mask.shape), batch.teacher_rows)
     out = jax.lax.map(chunk, _chunks((hidden, tuple(teacher_hidden), rows, fields), loss_chunk))
-    count = batch.mask.shape[1]
 
     def join(a):  # [chunks, B, n] -> [B, N]
-        return jnp.moveaxis(a, 0, 1).reshape(a.shape[1], -1)[:, :count]
+        return jnp.moveaxis(a, 0, 1).reshape(a.shape[1], -1)[:, : batch.mask.shape[1]]
 
     return jax.tree.map(join, out)
 
 
-def _tokens(student, teachers, hidden, teacher_hidden, rows, fields) -> Tokens:
+def _tokens(student, teachers, vocab_size, hidden, teacher_hidden, rows, fields) -> Tokens:
     """The distributions at a chunk's tokens, over the vocabulary that all models share."""
     logits = unembed(student, hidden)
     theirs = [jax.lax.stop_gradient(unembed(*pair)) for pair in zip(teachers, teacher_hidden, strict=True)]
     tokens = Tokens(student=logits, **fields)
-    if theirs:
+    if theirs or vocab_size:
         shared = min(a.shape[-1] for a in (logits, *theirs))  # they may be padded differently
-        teacher = jax.nn.log_softmax(theirs[0][..., :shared])
-        for i, other in enumerate(theirs[1:], 1):
+        shared = min(shared, vocab_size or shared)
+        teacher = None
+        for i, other in enumerate(theirs):
             other = jax.nn.log_softmax(other[..., :shared])
-            teacher = jnp.where((rows == i)[..., None], other, teacher)
+            teacher = other if i == 0 else jnp.where((rows == i)[..., None], other, teacher)
         tokens = tokens._replace(
             student=logits[..., :shared],
             teacher=teacher,
