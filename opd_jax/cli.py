@@ -1,4 +1,4 @@
-"""opd-jax train | cache-teacher | evaluate | generate."""
+"""opd-jax train | cache-teacher | analyze | evaluate | generate."""
 
 import json
 import logging
@@ -17,6 +17,8 @@ _USAGE = """usage: opd-jax COMMAND ...
                       runs a config (YAML), or goes on with a run that was stopped
   cache-teacher CONFIG [--dotted.key VALUE ...]
                       lets the teacher of a config score the data's completions once, into teacher.cache
+  analyze --base PATH --run NAME=PATH[,PATH ...] --out DIR
+                      what training did to the weights: spectra, trajectories, tables
   evaluate --model PATH --source SOURCE ...
                       sampled accuracy of any supported model on a task
   generate --model PATH --prompt TEXT ...
@@ -38,6 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     commands = {
         "train": _train,
         "cache-teacher": _cache_teacher,
+        "analyze": _analyze,
         "evaluate": _evaluate,
         "generate": _generate,
     }
@@ -96,6 +99,12 @@ def _cache_teacher(argv: list[str]) -> None:
     print(f"the teacher's opinions are in {folder}; opd-jax train {argv[0]} reads them")
 
 
+def _analyze(argv: list[str]) -> None:
+    from opd_jax._analyze_cli import analyze
+
+    analyze(argv)
+
+
 def _train(argv: list[str]) -> None:
     _no_config(argv, _TRAIN_USAGE)
     from opd_jax import config, training
@@ -138,7 +147,10 @@ def _summary(result, chat: str) -> str:
     prompt = shlex.quote(result.prompt) if len(result.prompt) < 200 else "..."
     prompt += " --chat never" * (chat == "never")
     lines.append(f"model: {result.model}")
-    lines.append(f"sample from it: opd-jax generate --model {result.model} --prompt {prompt}")
+    if (result.model / "adapter_config.json").exists():
+        lines.append("that is an adapter: opd_jax.models.load_lora, or peft, puts it on its base model")
+    else:
+        lines.append(f"sample from it: opd-jax generate --model {result.model} --prompt {prompt}")
     return "\n".join(lines)
 
 

@@ -30,6 +30,7 @@ PART_OF = {
     "_config_checks": "config",
     "_objective_checks": "config",
     "_foresight_checks": "config",
+    "_analyze_cli": "cli",
 }
 
 # fmt: off
@@ -42,6 +43,8 @@ HEAVY = {
 LIGHT = (
     "opd_jax",
     "opd_jax.losses",
+    "opd_jax.transforms",
+    "opd_jax.analysis",
     "opd_jax.models",
     "opd_jax.rollout",
     "opd_jax.parallel",
