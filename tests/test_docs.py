@@ -29,8 +29,8 @@ def _blocks(language: str) -> list[str]:
 
 def test_readme_python(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    (code,) = _blocks("python")
-    exec(code.replace("/tmp/my_model", str(tmp_path / "model")), {})
+    for code in _blocks("python"):
+        exec(code.replace("/tmp/my_model", str(tmp_path / "model")), {})
     assert (tmp_path / "model" / "config.json").exists()
     assert ">" in capsys.readouterr().out  # the completions hold answers
 
