@@ -287,7 +287,9 @@ def _watch(state: AllocateState, found: tuple[Matrix, ...], flat: tuple, options
         measured = auto(
             lambda *args: _measured(found, options, *args), specs, count, record, norm_of, moved, *others
         )
-        return summed, measured
+        return summed, jax.tree.map(
+            lambda new, old: new.astype(old.dtype), measured, record
+        )  # also under x64
 
     summed, record = jax.lax.cond(
         state.allocate_count < options.steps, window, lambda: (displacement, record)
