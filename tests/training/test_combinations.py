@@ -23,7 +23,7 @@ from opd_jax.training._logging import Display
 from opd_jax.training._objectives import make_objective, token_weights
 from opd_jax.training._retokenize import Retokenize
 from opd_jax.training._step import Batch, State, make_log_probs, make_score, make_update
-from tests.training.test_family import permuted
+from tests.training.test_teachers import permuted
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -8,6 +8,8 @@ import pytest
 
 from opd_jax.transforms import MatrixAxes, subspace_summary, track_subspace
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 PARAMS = {
     "embedding": jnp.ones((30, 8)),
     "layers": {
