@@ -1,7 +1,6 @@
 """opd-jax analyze."""
 
 import argparse
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +9,7 @@ A checkpoint is a Hugging Face folder, a hub id, a run folder of `opd-jax train`
 base, or a folder of checkpoint folders. Steps are read from names such as checkpoint-100, global_step_20.
 Results are kept by content: the same command again is instant, a stopped one goes on.
 
-  opd-jax analyze --base Qwen/Qwen3-8B --run opd=out/checkpoint-10,out/checkpoint-100 --out report
+  opd-jax analyze --base Qwen/Qwen3-8B --run opd=out/checkpoint-10,out/checkpoint-100 --out analysis
 """
 
 
@@ -41,18 +40,8 @@ def analyze(argv: Sequence[str]) -> None:
     if values:
         result = analysis.with_scores(result, values)
     result.write(out, full=options.full)
-    _report(result, out)
     print(summary(result))
     print(f"tables: {out / 'tables'}")
-
-
-def _report(result, out: Path) -> None:
-    if importlib.util.find_spec("opd_jax.analysis._report") is None:
-        return
-    from opd_jax.analysis import _report
-
-    _report.write_report(result, out)
-    print(f"report: {out / 'index.html'}")
 
 
 def summary(result) -> str:
@@ -81,7 +70,7 @@ def summary(result) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="opd-jax analyze",
-        description="What training did to the weights: tables, and a report, of W - W_base.",
+        description="What training did to the weights: tables of W - W_base.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -89,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--base", required=True, help="the checkpoint that training began from")
     add("--run", required=True, action="append", metavar="NAME=CKPT[,CKPT...]", help="may be repeated")
-    add("--out", required=True, help="folder for index.html, result.json and tables/")
+    add("--out", required=True, help="folder for result.json and tables/")
     add("--steps", action="append", default=[], metavar="[NAME=]N[,N...]", help="of a run's checkpoints")
     add("--scores", action="append", default=[], metavar="[NAME=]X[,X...]", help="such as their accuracies")
     add("--k", type=int, default=20, help="leading directions that trajectories follow (20)")

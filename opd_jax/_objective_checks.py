@@ -13,7 +13,7 @@ from opd_jax import losses
 if TYPE_CHECKING:
     from opd_jax.config import Config
 
-_SAMPLED = ("sampled_reverse_kl", "sampled_tail_reverse_kl", "extrapolated_reverse_kl")
+SAMPLED = ("sampled_reverse_kl", "sampled_tail_reverse_kl", "extrapolated_reverse_kl")
 # What one of several teachers says besides its path.
 _CHOICES = {"dtype": ("float32", "bfloat16"), "attention": ("auto", "xla", "cudnn", "splash")}
 # Arguments that have a key of their own.
@@ -42,7 +42,7 @@ def used(config: "Config") -> Iterator[tuple[tuple[str, ...], bool, str]]:
     """(keys, whether this config uses them, why not): a value that is not used is a mistake."""
     opd, sft, grpo = (config.objective == name for name in ("opd", "sft", "grpo"))
     loss = config.loss or "reverse_kl"
-    divergence, off_policy = opd and loss not in _SAMPLED, opd and config.lmbda < 1
+    divergence, off_policy = opd and loss not in SAMPLED, opd and config.lmbda < 1
     task, measured = grpo or config.task_weight > 0, config.tokens.weights
     ours = f"objective {config.objective} does not use it"
     yield ("loss", "loss_options", "task_weight", "lmbda"), opd, ours
@@ -174,7 +174,7 @@ def _teacher(config: "Config") -> Iterator[str]:
     if teacher.cache is not None:
         if config.lmbda != 0 or config.off_policy != "data":
             yield "teacher.cache knows the data set's completions alone: set lmbda: 0"
-        if config.loss in _SAMPLED or config.loss_top_k:
+        if config.loss in SAMPLED or config.loss_top_k:
             yield "teacher.cache holds top-k log-probs: set loss to a divergence, and loss_top_k to 0"
         if teacher.cache_top_k < 1:
             yield f"teacher.cache_top_k is {teacher.cache_top_k}; it must be at least 1"
@@ -218,7 +218,7 @@ def _completions(config: "Config") -> Iterator[str]:
         yield "teacher.path is missing: off_policy is teacher, so the teacher writes what sft imitates"
     if config.objective != "opd" or config.lmbda == 1:
         return
-    if config.loss in _SAMPLED:
+    if config.loss in SAMPLED:
         yield (
             f"lmbda is {config.lmbda}, but {config.loss} is an estimate from what the student samples; take "
             "a divergence (reverse_kl, forward_kl, jsd, ...) for completions that it did not write"

@@ -5,8 +5,9 @@
 
 Each run is `opd-jax train configs/demo.yaml` with other options, from one base to one teacher; seeds vary
 prompts, sampling and evaluation. The target is 95% of the accuracy that plain distillation at the lowest
-learning rate ends with. Tokens are those sampled from the student in training and in searches, and those that
-a search scores. Plain distillation at higher rates stands beside, as the honest alternative.
+learning rate ends with. Tokens are those sampled from the student in training and in searches, and those
+that a search scores, but not the one sampling of the rollouts that a KL is measured on. Plain distillation
+at higher rates stands beside, as the honest alternative.
 """
 
 import argparse

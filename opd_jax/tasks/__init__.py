@@ -18,6 +18,7 @@ from opd_jax.tasks._render import fill as fill
 from opd_jax.tasks._render import render as render
 from opd_jax.tasks._sources import load as load
 from opd_jax.tasks._task import Example as Example
+from opd_jax.tasks._task import Subset as Subset
 from opd_jax.tasks._task import Task as Task
 from opd_jax.tasks._verifiers import final_answer as final_answer
 from opd_jax.tasks._verifiers import get_verifier as get_verifier

@@ -1,6 +1,6 @@
 """What a task is: prompts with a verifiable answer."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -47,3 +47,25 @@ class Task(Protocol):
     def verify(self, completion: str, example: Example) -> float:
         """The reward of `completion`, from 0 (wrong) to 1 (right)."""
         ...
+
+
+class Subset:
+    """Some examples of a task, as a task.
+
+    Args:
+        task: whose examples.
+        ids: [n] their indices in it, in the order wanted; may repeat.
+    """
+
+    def __init__(self, task: Task, ids: Sequence[int]):
+        self._task, self.ids, self.name = task, ids, task.name
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> Example:
+        return self._task[int(self.ids[index])]
+
+    def verify(self, completion: str, example: Example) -> float:
+        """As the task's."""
+        return self._task.verify(completion, example)

@@ -93,7 +93,7 @@ def _horizon(setup: Setup, step: int) -> int:
 def _demonstrations(setup: Setup, prompts: tasks.PromptBatch) -> Batch:
     mask = np.arange(prompts.completions.shape[1]) < prompts.completion_lengths[:, None]
     batch = Batch(prompts.tokens, prompts.lengths, prompts.completions, mask)
-    batch = _for_teachers(setup, batch, prompts)
+    batch = for_teachers(setup, batch, prompts)
     if setup.cache is not None:
         cached = setup.cache.lookup(prompts)
         batch = batch._replace(support=cached.support, support_log_probs=cached.categories)
@@ -102,7 +102,7 @@ def _demonstrations(setup: Setup, prompts: tasks.PromptBatch) -> Batch:
     return batch
 
 
-def _for_teachers(setup: Setup, batch: Batch, prompts: tasks.PromptBatch) -> Batch:
+def for_teachers(setup: Setup, batch: Batch, prompts: tasks.PromptBatch) -> Batch:
     """Adds what only teachers see of the prompts (one row each)."""
     if prompts.context_tokens is not None:
         batch = batch._replace(
@@ -120,7 +120,7 @@ class _Drawn(NamedTuple):
 
 def _sample(setup, model, prompts, key, on_progress, limit: int | None = None) -> _Drawn:
     config, n = setup.config, setup.config.samples_per_prompt
-    rows = _for_teachers(setup, Batch(prompts.tokens, prompts.lengths, None, None), prompts)
+    rows = for_teachers(setup, Batch(prompts.tokens, prompts.lengths, None, None), prompts)
     rows = jax.tree.map(lambda a: np.repeat(a, n, axis=0), rows)
     own = model is not setup.teacher or rows.teacher_prompts is None
     sampled = rollout.generate(

@@ -11,21 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from opd_jax import rollout, tasks
-from opd_jax.config import ExtrapolateConfig
 from opd_jax.parallel import batch_sharding
+from opd_jax.training._batches import for_teachers
 from opd_jax.training._run import RunFolder, write_atomic
 from opd_jax.training._setup import Setup
 from opd_jax.training._step import Batch, State, make_measure, make_score
 from opd_jax.transforms import block_matrices, extrapolation
 
 _FILE = "score_rollouts.npz"
-
-
-def schedule(config: ExtrapolateConfig) -> extrapolation.Schedule | None:
-    """The steps after which is searched, as `extrapolation.is_checkpoint` takes them; None: never."""
-    if config.schedule == "off":
-        return None
-    return {"powers_of_two": "powers_of_two", "every": config.every, "steps": config.steps}[config.schedule]
 
 
 class Extrapolation:
@@ -49,7 +42,7 @@ class Extrapolation:
         self._config = config = setup.config.foresight.extrapolate
         self._prompts = _subset(setup, config.prompts)
         self._batch = None
-        self.tokens = 0  # sampled or scored by searches since the start of this process
+        self.tokens = 0  # sampled or scored by searches of this process; the fixed rollouts are not counted
         if config.score == "kl" or config.max_kl is not None:
             self._batch = self._fixed_rollouts(folder, params)
         if config.score == "kl":
@@ -63,7 +56,9 @@ class Extrapolation:
 
     def due(self, step: int) -> bool:
         """Whether to search after so many updates."""
-        return extrapolation.is_checkpoint(step, schedule(self._config))
+        kind = self._config.schedule
+        schedule = kind if kind == "powers_of_two" else getattr(self._config, kind)  # every, or steps
+        return extrapolation.is_checkpoint(step, schedule)
 
     def search(self, state: State) -> tuple[State, dict[str, float]]:
         """The state to go on from, and what there is to say about the search."""
@@ -79,8 +74,7 @@ class Extrapolation:
             max_kl=config.max_kl,
             divergence=None if config.max_kl is None else self._divergence,
         )
-        raw = state.params
-        anchor = found.params if config.anchor == "accepted" else raw
+        anchor = found.params if config.anchor == "accepted" else state.params
         state = state._replace(params=found.params, anchor=_copy(anchor))
         if found.accepted and config.reset_moments:
             state = state._replace(opt_state=_zeros(state.opt_state))
@@ -95,9 +89,8 @@ class Extrapolation:
         }
 
     def _fixed_rollouts(self, folder: RunFolder, params: Any) -> Batch:
-        path = folder.path / _FILE
+        path, prompts = folder.path / _FILE, self._prompts.take(np.arange(len(self._prompts)))
         if not path.exists():
-            prompts = self._prompts.take(np.arange(len(self._prompts)))
             sampled = rollout.generate(
                 self._setup.model(params),
                 prompts.tokens,
@@ -107,21 +100,13 @@ class Extrapolation:
                 stop_token_ids=self._setup.stops,
                 on_progress=lambda _: self._check_stop(),
             )
-            self.tokens += int(np.sum(sampled.mask))
             data = io.BytesIO()
             np.savez(data, completions=np.asarray(sampled.completions), mask=np.asarray(sampled.mask))
             write_atomic(path, data.getvalue())
         with np.load(path, allow_pickle=False) as saved:
-            completions, mask = saved["completions"], saved["mask"]
-        prompts = self._prompts.take(np.arange(len(self._prompts)))
-        batch = Batch(prompts.tokens, prompts.lengths, completions, mask)
-        if prompts.context_tokens is not None:
-            batch = batch._replace(
-                teacher_prompts=prompts.context_tokens, teacher_prompt_lengths=prompts.context_lengths
-            )
-        if self._setup.teacher_of is not None:
-            rows = self._setup.teacher_of[self._prompts.task.ids[prompts.ids]]
-            batch = batch._replace(teacher_rows=rows)
+            batch = Batch(prompts.tokens, prompts.lengths, saved["completions"], saved["mask"])
+        # The prompts' own ids are places in the subset.
+        batch = for_teachers(self._setup, batch, prompts._replace(ids=self._prompts.task.ids[prompts.ids]))
         return jax.device_put(batch, batch_sharding(self._setup.mesh))
 
     def _kl_score(self, params: Any) -> np.ndarray:
@@ -156,20 +141,6 @@ class Extrapolation:
         return float(np.where(mask, kl, 0).sum() / max(mask.sum(), 1))
 
 
-class _Some:
-    """Some examples of a task, as a task."""
-
-    def __init__(self, task: tasks.Task, ids: np.ndarray):
-        self._task, self.ids, self.name = task, ids, task.name
-        self.verify = task.verify
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, index: int) -> tasks.Example:
-        return self._task[int(self.ids[index])]
-
-
 def _subset(setup: Setup, count: int) -> tasks.Prompts:
     """Training prompts drawn by the run's seed, as many as spread evenly over the mesh."""
     config, prompts = setup.config, setup.prompts
@@ -178,7 +149,7 @@ def _subset(setup: Setup, count: int) -> tasks.Prompts:
     rng = np.random.default_rng(config.seed)
     ids = rng.choice(prompts.kept, count, replace=count > len(prompts.kept))
     return tasks.Prompts(
-        _Some(prompts.task, ids),
+        tasks.Subset(prompts.task, ids),
         setup.tokenizer,
         batch_size=count,
         max_prompt_length=config.data.max_prompt_length,

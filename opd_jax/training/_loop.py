@@ -242,13 +242,12 @@ class _Run:
 
     def _search(self) -> None:
         """Extrapolates; what is interrupted here is done again after a resume."""
-        before, start = self.extrapolation.tokens, time.perf_counter()
         state, found = self.extrapolation.search(self.state)
         self._now = (state, self.step)
-        record, seconds = self.record, time.perf_counter() - start
+        record, seconds = self.record, found["extrapolate_seconds"]
         record.searched, record.accepted = self.step, record.accepted + bool(found["extrapolate_factor"])
         record.seconds, record.search_seconds = record.seconds + seconds, record.search_seconds + seconds
-        record.search_tokens += self.extrapolation.tokens - before
+        record.search_tokens += int(found["extrapolate_tokens"])
         self._write(self.loggers.write, self.step, found)
         self.display.print(
             f"step {self.step}: extrapolated by {found['extrapolate_factor']:g}: score "

@@ -7,28 +7,17 @@ whole completions.
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 
 from opd_jax import losses
-from opd_jax.config import Config
+from opd_jax._objective_checks import SAMPLED
+from opd_jax.config import Config, Loss
 
 _TOP = 16
-DIVERGENCES = {
-    name: getattr(losses, name)
-    for name in (
-        "reverse_kl",
-        "forward_kl",
-        "jsd",
-        "skew_kl",
-        "skew_reverse_kl",
-        "mixed_kl",
-        "entropy_aware_kl",
-        "total_variation",
-    )
-}
+DIVERGENCES = {name: getattr(losses, name) for name in get_args(Loss) if name not in SAMPLED}
 
 
 class Tokens(NamedTuple):

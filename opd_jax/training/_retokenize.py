@@ -33,7 +33,7 @@ class Retokenize:
             tasks.token_bytes(each, [])
         self._kept = prompts.kept
         self._prompts = tasks.Prompts(
-            _Kept(prompts),
+            tasks.Subset(prompts.task, prompts.kept),
             self._theirs,
             batch_size=1,
             max_prompt_length=2**30,
@@ -73,17 +73,3 @@ class Retokenize:
             teacher_spans=np.pad(found.teacher_spans, beyond, constant_values=-1),
             spans=found.student_spans,
         )
-
-
-class _Kept:
-    """The examples of a task that the student's prompts keep, as a task."""
-
-    def __init__(self, prompts: tasks.Prompts):
-        self._task, self._ids = prompts.task, prompts.kept
-        self.name, self.verify = prompts.task.name, prompts.task.verify
-
-    def __len__(self) -> int:
-        return len(self._ids)
-
-    def __getitem__(self, index: int) -> tasks.Example:
-        return self._task[int(self._ids[index])]

@@ -246,37 +246,13 @@ def make_update(
         sums = {name: jnp.sum(jnp.where(mask, value, 0.0)) for name, value in stats.items()}
         return sum(totals.values()), (totals, sums)
 
-    def grad(params, frozen, teacher_params, batch, teacher_hidden):
-        flat, treedef = jax.tree_util.tree_flatten_with_path(params)
-        leaves = [leaf for _, leaf in flat]
-        moving = [i for i, (path, _) in enumerate(flat) if path_name(path) not in still]
-
-        def with_moved(moved, rest):
-            whole = list(rest)
-            for i, leaf in zip(moving, moved, strict=True):
-                whole[i] = leaf
-            return jax.tree.unflatten(treedef, whole)
-
-        def of_moving(moved, *rest):
-            return part_loss(with_moved(moved, leaves), frozen, teacher_params, *rest)
-
-        parts = _split((batch, teacher_hidden), micro_batches)
-        value_and_grad = jax.value_and_grad(of_moving, has_aux=True)
-        start = [leaves[i] for i in moving]
-
-        def accumulate(total, part):
-            return jax.tree.map(jnp.add, total, value_and_grad(start, *part)), None
-
-        first = jax.tree.map(lambda a: a[0], parts)
-        shapes = jax.eval_shape(value_and_grad, start, *first)
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        values, grads = jax.lax.scan(accumulate, zeros, parts)[0]
-        return values, with_moved(grads, jax.tree.map(jnp.zeros_like, leaves))
-
     def update(state: State, teacher_params, batch: Batch, teacher_hidden, frozen=None):
         if ema is not None:
             teacher_params = (state.ema,)
-        (loss, (terms, sums)), grads = grad(state.params, frozen, teacher_params, batch, teacher_hidden)
+        (loss, (terms, sums)), grads = _summed(
+            lambda params, *part: part_loss(params, frozen, teacher_params, *part),
+            state.params, _split((batch, teacher_hidden), micro_batches), still,
+        )  # fmt: skip
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, opt_state = transform.update(grads, state.opt_state, state.params, grad=grads)
@@ -299,6 +275,32 @@ def make_update(
         return new, metrics
 
     return jax.jit(update, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def _summed(loss: Callable, params: Any, parts: tuple, still: Collection[str]) -> tuple[Any, Any]:
+    """((loss, auxiliary values), gradient), summed over the parts one after the other; the gradient of what
+    stays `still` is not computed, and 0."""
+    flat, treedef = jax.tree_util.tree_flatten_with_path(params)
+    leaves = [leaf for _, leaf in flat]
+    moving = [i for i, (path, _) in enumerate(flat) if path_name(path) not in still]
+
+    def placed(values, rest):
+        whole = list(rest)
+        for i, value in zip(moving, values, strict=True):
+            whole[i] = value
+        return jax.tree.unflatten(treedef, whole)
+
+    value_and_grad = jax.value_and_grad(lambda moved, *part: loss(placed(moved, leaves), *part), has_aux=True)
+    start = [leaves[i] for i in moving]
+
+    def accumulate(total, part):
+        return jax.tree.map(jnp.add, total, value_and_grad(start, *part)), None
+
+    first = jax.tree.map(lambda a: a[0], parts)
+    shapes = jax.eval_shape(value_and_grad, start, *first)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    values, grads = jax.lax.scan(accumulate, zeros, parts)[0]
+    return values, placed(grads, jax.tree.map(jnp.zeros_like, leaves))
 
 
 def _merge(graphdef: nnx.GraphDef, params: Any, frozen: Any, dtype: Any) -> LanguageModel:

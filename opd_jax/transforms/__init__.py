@@ -15,7 +15,7 @@ from opd_jax.transforms._module_report import module_report as module_report
 from opd_jax.transforms._project import ProjectState as ProjectState
 from opd_jax.transforms._project import project_to_subspace as project_to_subspace
 from opd_jax.transforms._rank1 import predict_rank1 as predict_rank1
+from opd_jax.transforms._subspace_summary import subspace_summary as subspace_summary
 from opd_jax.transforms._track import Probe as Probe
 from opd_jax.transforms._track import TrackSubspaceState as TrackSubspaceState
-from opd_jax.transforms._track import subspace_summary as subspace_summary
 from opd_jax.transforms._track import track_subspace as track_subspace

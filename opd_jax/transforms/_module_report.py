@@ -9,6 +9,7 @@ import numpy as np
 
 from opd_jax.transforms._allocate import AllocateState, _check_state, _selected
 from opd_jax.transforms._matrices import Matrices, Matrix
+from opd_jax.transforms._states import states_of
 
 
 def frozen_modules(opt_state: Any, params: Any, matrices: Matrices = None) -> dict[str, np.ndarray]:
@@ -82,11 +83,7 @@ def module_report(
 
 
 def _state_of(opt_state: Any, params: Any, matrices: Matrices) -> tuple[AllocateState, tuple[Matrix, ...]]:
-
-    def is_state(x):
-        return isinstance(x, AllocateState)
-
-    states = [x for x in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(x)]
+    states = states_of(opt_state, AllocateState)
     if len(states) != 1:
         raise ValueError(f"the optimiser's state has {len(states)} states of allocate_modules, not one")
     found = _selected(params, matrices, "report")

@@ -1,13 +1,11 @@
 """Watching the subspace into which updates concentrate, inside an optax chain."""
 
-import re
 import warnings
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike, DTypeLike
@@ -114,6 +112,7 @@ def track_subspace(
     Example:
         >>> import jax.numpy as jnp
         >>> import optax
+        >>> from opd_jax.transforms import subspace_summary
         >>> optimizer = optax.chain(optax.sgd(0.1), track_subspace(rank=2, every=1))
         >>> params = {"mlp": {"up": jnp.zeros((4, 3))}}
         >>> state = optimizer.init(params)
@@ -153,7 +152,7 @@ def track_subspace(
         if not jax.tree.leaves(updates):
             return updates, state._replace(track_count=count)
         found = select(updates, matrices, "track_subspace")
-        _check_state(found, state.track_probes, rank)
+        check_state(found, state.track_probes, rank)
         leaves, displacement = jax.tree.leaves(updates), state.track_displacement
         probed = [leaves[matrix.index] for matrix in found]
         if of == "displacement":
@@ -234,7 +233,7 @@ def _random_bases(seed: ArrayLike, stack: int, n: int, k: int) -> jax.Array:
     return jax.vmap(lambda key: spectrum.cholesky_qr2(jax.random.normal(key, (n, k), jnp.float32)))(keys)
 
 
-def _check_state(found: tuple[Matrix, ...], probes: tuple[Probe, ...], rank: int) -> None:
+def check_state(found: tuple[Matrix, ...], probes: tuple[Probe, ...], rank: int) -> None:
     have = [(p.left.shape[0], p.left.shape[1], p.right.shape[1]) for p in probes]
     want = [matrix.shape for matrix in found]
     ranks = [probe.right.shape[2] for probe in probes]
@@ -317,90 +316,3 @@ def _effective_rank(x: jax.Array, found: spectrum.Subspace, norm: jax.Array, lan
     return spectrum.effective_rank(
         jnp.concatenate([values, jnp.broadcast_to(flat[:, None], (len(flat), rest))], axis=-1)
     )
-
-
-def subspace_summary(
-    state: Any, params: Any, *, matrices: Matrices = None, prefix: str = ""
-) -> dict[str, jax.Array]:
-    """What `track_subspace` has found, as named float32 scalars for a logger.
-
-    For each selected leaf (mean over its stacked layers), for the means over attention, MLP and all matrices,
-    and for the lower, middle and upper third of the layers: `spectral_norm`, `spectral_ratio`, `energy`,
-    `effective_rank`, `overlap` (with the probe before), `first_overlap`, and `locked_in`, the share of
-    matrices that are. `lock_in` is the step since which at least half of them are, -1 if they are not.
-
-    Args:
-        state: of `track_subspace`, or of a chain that holds one.
-        params: the parameters, or shapes, for the names.
-        matrices: as given to `track_subspace`.
-        prefix: of every name.
-
-    Raises:
-        ValueError: if there is no such state, or several; or it is not that of these parameters.
-    """
-    state = _the_state(state)
-    found = select(params, matrices, "subspace_summary")
-    _check_state(found, state.track_probes, 0)
-    rows: dict[str, list[dict[str, jax.Array]]] = {}
-    depth = _layers(found)
-    for matrix, probe in zip(found, state.track_probes, strict=True):
-        measures = _measures(probe)
-        groups = {matrix.name, "all"} | {matrix.kind} & {"attention", "mlp"}  # a leaf may be called "mlp"
-        for group in sorted(groups):
-            rows.setdefault(group, []).append(measures)
-        bands = np.array(_bands(matrix, depth))
-        for band, name in enumerate(("lower", "middle", "upper")):
-            if len(inside := np.flatnonzero(bands == band)):
-                part = {key: value[inside] for key, value in measures.items()}
-                rows.setdefault(f"{name}_layers", []).append(part)
-    out = {}
-    for group, parts in rows.items():
-        for key in parts[0]:
-            out[f"{prefix}{group}/{key}"] = jnp.mean(jnp.concatenate([part[key] for part in parts]))
-    steps = jnp.sort(jnp.concatenate([probe.lock_in for probe in state.track_probes]).astype(jnp.float32))
-    steps = jnp.sort(jnp.where(steps < 0, jnp.inf, steps))
-    middle = steps[(len(steps) - 1) // 2]
-    out[f"{prefix}lock_in"] = jnp.where(jnp.isfinite(middle), middle, -1.0)
-    return out
-
-
-def _measures(probe: Probe) -> dict[str, jax.Array]:
-    spectral = probe.values[:, 0]
-    return {
-        "spectral_norm": spectral,
-        "spectral_ratio": spectrum.spectral_ratio(spectral, probe.norm),
-        "energy": probe.energy,
-        "effective_rank": probe.effective_rank,
-        "overlap": probe.overlap,
-        "first_overlap": probe.first_overlap,
-        "locked_in": (probe.lock_in >= 0).astype(jnp.float32),
-    }
-
-
-def _layer(name: str) -> int | None:
-    """The layer that a leaf belongs to, where layers are not stacked."""
-    number = re.search(r"(?:^|[._])(\d+)(?=[._]|$)", name)
-    return int(number[1]) if number else None
-
-
-def _bands(matrix: Matrix, depth: int) -> list[int]:
-    """Of each matrix in a stack, the third of the layers that it is in: 0, 1 or 2; -1 if there are not 3."""
-    stack, layer = matrix.shape[0], _layer(matrix.name)
-    if layer is not None:  # its stack is inside of a layer, such as experts
-        return [3 * layer // depth if depth >= 3 else -1] * stack
-    # Layers come first in a stack: [layers, experts] is cut into thirds as [layers] is.
-    return [3 * i // stack if stack >= 3 else -1 for i in range(stack)]
-
-
-def _layers(found: tuple[Matrix, ...]) -> int:
-    """How many layers the names count."""
-    return max((layer + 1 for m in found if (layer := _layer(m.name)) is not None), default=1)
-
-
-def _the_state(state: Any) -> TrackSubspaceState:
-    leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, TrackSubspaceState))
-    found = [leaf for leaf in leaves if isinstance(leaf, TrackSubspaceState)]
-    if len(found) != 1:
-        raise ValueError(f"subspace_summary: the state holds {len(found)} of track_subspace, it must be one")
-    # nnx.Optimizer wraps each array in a variable.
-    return jax.tree.map(jnp.asarray, found[0], is_leaf=lambda x: hasattr(x, "__jax_array__"))

@@ -104,9 +104,8 @@ def test_nothing_undefined_breaks_the_files(tmp_path, way):
         json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(name))
 
 
-def test_the_command_writes_tables(tmp_path, way, other, capsys, monkeypatch):
+def test_the_command_writes_tables(tmp_path, way, other, capsys):
     root, tensors = way
-    monkeypatch.setattr("opd_jax._analyze_cli._report", lambda *_: None)
     out = tmp_path / "out"
     checkpoints = ",".join(str(root / "run" / f"checkpoint-{step}") for step in (20, 10, 40))
     arguments = ["--base", str(root / "base"), "--run", f"opd={checkpoints}", "--run", f"rl={other}/step_9"]
