@@ -83,7 +83,14 @@ def optimizer_shardings(optimizer: optax.GradientTransformation, params: Any) ->
     def place(leaf, param):
         if isinstance(leaf, optax.MaskedNode):
             return leaf
-        return param.sharding if leaf.shape == param.shape else other
+        if leaf.ndim != param.ndim or other is some:
+            return other
+        spec = (
+            *param.sharding.spec,
+            *[None] * param.ndim,
+        )  # projected moments: the axes that are as they were
+        kept = [s if n == of else None for s, n, of in zip(spec, leaf.shape, param.shape, strict=False)]
+        return NamedSharding(param.sharding.mesh, PartitionSpec(*kept))
 
     return optax.tree.map_params(
         optimizer,

@@ -32,14 +32,21 @@ class Subspace(NamedTuple):
     right: jax.Array
 
 
+class Product(NamedTuple):
+    """left [stack, m, p] @ right [stack, p, n], float32, which is never multiplied out."""
+
+    left: jax.Array
+    right: jax.Array
+
+
 def transposed(x: jax.Array) -> jax.Array:
     return jnp.swapaxes(x, -2, -1)
 
 
-def subspace_steps(xs: Sequence[jax.Array], vs: Sequence[jax.Array]) -> list[Subspace]:
+def subspace_steps(xs: Sequence[jax.Array | Product], vs: Sequence[jax.Array]) -> list[Subspace]:
     """`spectrum.subspace_step` of each x [stack, m, n] float32 and its v [stack, n, k]."""
-    lefts = orthonormal([matmul(x, v) for x, v in zip(xs, vs, strict=True)])
-    images = [matmul(transposed(x), left) for x, left in zip(xs, lefts, strict=True)]
+    lefts = orthonormal([_times(x, v) for x, v in zip(xs, vs, strict=True)])
+    images = [_times_transposed(x, left) for x, left in zip(xs, lefts, strict=True)]
     # Without a scale squares leave float32's range.
     scales = [jnp.max(jnp.abs(image), axis=(-2, -1), keepdims=True) for image in images]
     images = [image / jnp.where(s > 0, s, 1.0) for image, s in zip(images, scales, strict=True)]
@@ -54,6 +61,16 @@ def subspace_steps(xs: Sequence[jax.Array], vs: Sequence[jax.Array]) -> list[Sub
         for image, scale in zip(images, scales, strict=True)
     ]
     return [Subspace(*found) for found in zip(lefts, values, orthonormal(images), strict=True)]
+
+
+def _times(x: jax.Array | Product, v: jax.Array) -> jax.Array:
+    return matmul(x.left, matmul(x.right, v)) if isinstance(x, Product) else matmul(x, v)
+
+
+def _times_transposed(x: jax.Array | Product, u: jax.Array) -> jax.Array:
+    if isinstance(x, Product):
+        return matmul(transposed(x.right), matmul(transposed(x.left), u))
+    return matmul(transposed(x), u)
 
 
 def orthonormal(ys: Sequence[jax.Array]) -> list[jax.Array]:
@@ -102,14 +119,17 @@ def _orthonormal(ys: list[jax.Array]) -> list[jax.Array]:
         floor = 8 * EPS * jnp.max(norms, axis=-1, keepdims=True)
         qs.append(jnp.where(norms > floor, y / jnp.maximum(norms, TINY), noise))
         noises.append(noise)
-    qs = _cholesky_pass(qs, shift=4)
-    # What depends on earlier columns has lost most of its length to the shift.
-    lengths = [jnp.sum(q * q, axis=-2, keepdims=True) for q in qs]
-    qs = [jnp.where(n > 0.25, q, noise) for q, n, noise in zip(qs, lengths, noises, strict=True)]
-    return _cholesky_pass(_cholesky_pass(qs, shift=1), shift=0)
+
+    def again(i, qs):  # a loop, since on TPU every Cholesky in the program costs seconds of compilation
+        qs = _cholesky_pass(qs, jnp.array([4.0, 1.0, 0.0], jnp.float32)[i])
+        # What depends on earlier columns has lost most of its length to the first pass's shift.
+        lengths = [jnp.sum(q * q, axis=-2, keepdims=True) for q in qs]
+        return [jnp.where(n > 0.25, q, noise) for q, n, noise in zip(qs, lengths, noises, strict=True)]
+
+    return lax.fori_loop(0, 3, again, qs)
 
 
-def _cholesky_pass(qs: list[jax.Array], shift: float) -> list[jax.Array]:
+def _cholesky_pass(qs: list[jax.Array], shift: jax.Array) -> list[jax.Array]:
     """Q R^-1 with R^T R = Q^T Q + shift k eps."""
 
     def inverse(gram):

@@ -9,6 +9,7 @@ import numpy as np
 
 from opd_jax.transforms import spectrum
 from opd_jax.transforms._matrices import Matrices, Matrix, select
+from opd_jax.transforms._products import Pair, paired
 from opd_jax.transforms._states import states_of
 from opd_jax.transforms._track import Probe, TrackSubspaceState, check_state
 
@@ -34,6 +35,8 @@ def subspace_summary(
     """
     state = _state_of(state)
     found = select(params, matrices, "subspace_summary")
+    pairs = paired(found)
+    found = pairs if len(pairs) == len(state.track_probes) else found
     check_state(found, state.track_probes, 0)
     rows: dict[str, list[dict[str, jax.Array]]] = {}
     depth = _layers(found)
@@ -77,7 +80,7 @@ def _layer(name: str) -> int | None:
     return int(number[1]) if number else None
 
 
-def _bands(matrix: Matrix, depth: int) -> list[int]:
+def _bands(matrix: Matrix | Pair, depth: int) -> list[int]:
     """Of each matrix in a stack, the third of the layers that it is in: 0, 1 or 2; -1 if there are not 3."""
     stack, layer = matrix.shape[0], _layer(matrix.name)
     if layer is not None:  # its stack is inside of a layer, such as experts
@@ -86,7 +89,7 @@ def _bands(matrix: Matrix, depth: int) -> list[int]:
     return [3 * i // stack if stack >= 3 else -1 for i in range(stack)]
 
 
-def _layers(found: tuple[Matrix, ...]) -> int:
+def _layers(found: tuple[Matrix | Pair, ...]) -> int:
     """How many layers the names count."""
     return max((layer + 1 for m in found if (layer := _layer(m.name)) is not None), default=1)
 

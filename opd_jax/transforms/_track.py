@@ -11,9 +11,10 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike, DTypeLike
 
 from opd_jax.transforms import spectrum
-from opd_jax.transforms._blocks import subspace_steps
+from opd_jax.transforms._blocks import Product, subspace_steps
 from opd_jax.transforms._explicit import auto, explicit_mesh, laid_out
 from opd_jax.transforms._matrices import Matrices, Matrix, select, to_stack
+from opd_jax.transforms._products import Pair, change, paired, product_norm
 
 Of = Literal["updates", "gradients", "displacement"]
 
@@ -52,7 +53,7 @@ class TrackSubspaceState(NamedTuple):
     Attributes:
         track_count: int32 scalar, updates seen.
         track_step: int32 scalar, the update that was probed last; 0: none.
-        track_probes: one `Probe` for each selected leaf, in the order of the leaves.
+        track_probes: one `Probe` for each selected leaf, or adapter, in the order of the leaves.
         track_displacement: tree like the parameters, the sum of updates at selected leaves, 0 at others; ()
             if not asked for.
     """
@@ -86,11 +87,15 @@ def track_subspace(
     What it finds: singular values, spectral norm and ratio, captured energy, effective rank, the overlap with
     the subspace of the probe before and of the first, and the step of lock-in; see `subspace_summary`.
 
+    The leaves `lora_a` [in, r] and `lora_b` [r, out] of a low-rank adapter are one matrix, A B without its
+    scale, and what is probed is how that product changes: exact with k >= 2 r, and never multiplied out.
+
     Args:
         rank: k, directions followed in each matrix; stacked layers are matrices of their own.
         every: steps from one probe to the next; the first update is probed.
         of: "updates", what comes in; "gradients", the same under the name that fits if it stands before the
-            optimiser; "displacement", their sum, which must then be the final updates: put it last.
+            optimiser, those of an adapter's A and B apart; "displacement", their sum, which must then be the
+            final updates: put it last.
         matrices: which leaves are matrices and how, see `MatrixAxes`; None: `block_matrices`, all but
             embeddings, norms and biases.
         lock_in: threshold of the overlap of successive probes.
@@ -98,7 +103,7 @@ def track_subspace(
             warning, or is an error.
         lanczos: (probes, steps) of `spectrum.effective_rank_estimate`, within 5% for (8, 16), at several
             times the cost of a probe. None: the effective rank if the energy that is not captured were spread
-            evenly over the other directions, an upper bound.
+            evenly over the other directions, an upper bound; always so for adapters, which have 2 r of them.
         iterations: of a probe, at least 1: more where matrices change much from one probe to the next.
         displacement_dtype: None: that of the parameters. In bfloat16 small updates get lost in a long sum.
 
@@ -107,7 +112,8 @@ def track_subspace(
 
     Raises:
         ValueError: if an argument is out of range; from `init`, if nothing is selected, or a matrix is too
-            small under "error"; from `update`, if the updates are not those of `init`.
+            small under "error"; from `update`, if the updates are not those of `init`, or there are adapters
+            and no parameters.
 
     Example:
         >>> import jax.numpy as jnp
@@ -141,30 +147,34 @@ def track_subspace(
                 for i, leaf in enumerate(leaves)
             ]
             displacement = jax.tree.unflatten(treedef, leaves)
-        probes = tuple(_first(matrix, rank, on_small) for matrix in found)
+        probes = tuple(_first(matrix, rank, on_small) for matrix in watched(found))
         probes = jax.tree.map(lambda a: laid_out(a, P(), mesh), probes)
         # Every leaf is an array of its own, so that the state can be donated.
         return TrackSubspaceState(_count(), _count(), probes, displacement)
 
+    def watched(found):
+        return found if of == "gradients" else paired(found)
+
     def update(updates, state, params=None, **extra_args):
-        del params, extra_args
+        del extra_args
         count = optax.safe_increment(state.track_count)
         if not jax.tree.leaves(updates):
             return updates, state._replace(track_count=count)
         found = select(updates, matrices, "track_subspace")
-        check_state(found, state.track_probes, rank)
-        leaves, displacement = jax.tree.leaves(updates), state.track_displacement
-        probed = [leaves[matrix.index] for matrix in found]
+        seen = watched(found)
+        check_state(seen, state.track_probes, rank)
+        moved = leaves = jax.tree.leaves(updates)
+        displacement = state.track_displacement
         if of == "displacement":
-            sums, treedef = jax.tree.flatten(displacement)
+            moved, treedef = jax.tree.flatten(displacement)
             for matrix in found:
-                total = sums[matrix.index]
-                sums[matrix.index] = total + leaves[matrix.index].astype(total.dtype)
-            displacement = jax.tree.unflatten(treedef, sums)
-            probed = [sums[matrix.index] for matrix in found]
+                total = moved[matrix.index]
+                moved[matrix.index] = total + leaves[matrix.index].astype(total.dtype)
+            displacement = jax.tree.unflatten(treedef, moved)
+        probed = _probed(seen, params, leaves, moved)
 
         def look(probed, probes, count):
-            xs = [to_stack(x, m).astype(jnp.float32) for x, m in zip(probed, found, strict=True)]
+            xs = [_float32(matrix, arrays) for matrix, arrays in zip(seen, probed, strict=True)]
             return _look(xs, probes, count, lock_in, lanczos, iterations)
 
         def maybe(probed, probes, count, last):
@@ -177,6 +187,28 @@ def track_subspace(
         return updates, TrackSubspaceState(count, last, probes, displacement)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _probed(seen: tuple[Matrix | Pair, ...], params: Any, updates: list, moved: list) -> list[tuple]:
+    """The arrays that each matrix to be probed is made of."""
+    if params is None and any(isinstance(matrix, Pair) for matrix in seen):
+        raise ValueError("track_subspace: with low-rank adapters, update must be given the parameters")
+    before = jax.tree.leaves(params)
+    probed = []
+    for matrix in seen:
+        if isinstance(matrix, Pair):
+            places = matrix.a.index, matrix.b.index
+            probed.append(tuple(tuple(leaves[i] for i in places) for leaves in (before, updates, moved)))
+        else:
+            probed.append((moved[matrix.index],))
+    return probed
+
+
+def _float32(matrix: Matrix | Pair, arrays: tuple) -> jax.Array | Product:
+    """What is probed, [S, m, n]."""
+    if isinstance(matrix, Pair):
+        return change(matrix, *arrays)
+    return to_stack(arrays[0], matrix).astype(jnp.float32)
 
 
 def _count() -> jax.Array:
@@ -199,7 +231,7 @@ def _check_arguments(rank, every, of, lock_in, on_small, lanczos, iterations) ->
         raise ValueError(f"track_subspace: lanczos must be (probes, steps), both at least 1, got {lanczos}")
 
 
-def _first(matrix: Matrix, rank: int, on_small: str) -> Probe:
+def _first(matrix: Matrix | Pair, rank: int, on_small: str) -> Probe:
     """Before any probe: a random right basis, no left one."""
     stack, m, n = matrix.shape
     k = min(rank, m, n)
@@ -208,7 +240,7 @@ def _first(matrix: Matrix, rank: int, on_small: str) -> Probe:
         if on_small == "error":
             raise ValueError(text)
         warnings.warn(f"{text}; it is followed with rank {k}", stacklevel=4)
-    right = _random_bases(matrix.index, stack, n, k)
+    right = _random_bases(matrix.a.index if isinstance(matrix, Pair) else matrix.index, stack, n, k)
 
     def zeros(*shape):
         return jnp.zeros((stack, *shape), jnp.float32)
@@ -233,7 +265,7 @@ def _random_bases(seed: ArrayLike, stack: int, n: int, k: int) -> jax.Array:
     return jax.vmap(lambda key: spectrum.cholesky_qr2(jax.random.normal(key, (n, k), jnp.float32)))(keys)
 
 
-def check_state(found: tuple[Matrix, ...], probes: tuple[Probe, ...], rank: int) -> None:
+def check_state(found: tuple[Matrix | Pair, ...], probes: tuple[Probe, ...], rank: int) -> None:
     have = [(p.left.shape[0], p.left.shape[1], p.right.shape[1]) for p in probes]
     want = [matrix.shape for matrix in found]
     ranks = [probe.right.shape[2] for probe in probes]
@@ -248,10 +280,15 @@ def check_state(found: tuple[Matrix, ...], probes: tuple[Probe, ...], rank: int)
 
 
 def _look(
-    xs: list[jax.Array], old: tuple[Probe, ...], count: jax.Array, lock_in: float, lanczos, iterations: int
+    xs: list[jax.Array | Product],
+    old: tuple[Probe, ...],
+    count: jax.Array,
+    lock_in: float,
+    lanczos,
+    iterations: int,
 ) -> tuple[Probe, ...]:
     """One look at all x [S, m, n]; together, so that little is compiled."""
-    norms = [spectrum.frobenius_norm(x) for x in xs]
+    norms = [product_norm(x) if isinstance(x, Product) else spectrum.frobenius_norm(x) for x in xs]
     fresh = [jnp.all(probe.first == 0, axis=(1, 2)) for probe in old]
     cold = jnp.concatenate([f & (norm > 0) for f, norm in zip(fresh, norms, strict=True)]).any()
     found = jax.lax.fori_loop(
@@ -266,7 +303,7 @@ def _look(
 
 
 def _probe(
-    x: jax.Array,
+    x: jax.Array | Product,
     norm: jax.Array,
     found: spectrum.Subspace,
     fresh: jax.Array,
@@ -303,13 +340,15 @@ def _probe(
     return new._replace(**held_back)
 
 
-def _effective_rank(x: jax.Array, found: spectrum.Subspace, norm: jax.Array, lanczos) -> jax.Array:
-    if lanczos is not None:
+def _effective_rank(x: jax.Array | Product, found: spectrum.Subspace, norm: jax.Array, lanczos) -> jax.Array:
+    low_rank = isinstance(x, Product)
+    if lanczos is not None and not low_rank:
         probes, steps = lanczos
         return spectrum.effective_rank_estimate(x, found, probes=probes, steps=steps)
     values = found.singular_values
-    rest = min(x.shape[-2:]) - values.shape[-1]
-    if rest == 0:
+    m, n = found.left.shape[-2], found.right.shape[-2]
+    rest = (min(m, n, x.right.shape[-2]) if low_rank else min(m, n)) - values.shape[-1]
+    if rest <= 0:
         return spectrum.effective_rank(values)
     left_over = jnp.maximum(1.0 - spectrum.energy(values, norm), 0.0)
     flat = norm * jnp.sqrt(left_over / rest)

@@ -7,7 +7,7 @@ import optax
 import pytest
 from flax import nnx
 
-from opd_jax.config import OptimizerConfig
+from opd_jax.config import ForesightConfig, OptimizerConfig, ProjectConfig
 from opd_jax.parallel import make_mesh, param_shardings
 from opd_jax.training._optimizer import init_optimizer, make_optimizer, make_schedule
 
@@ -103,3 +103,25 @@ def test_moments_lie_where_their_parameters_lie(make_model, shape):
     for leaf in jax.tree.leaves(state):
         assert leaf.sharding.device_set == devices
     assert adam.count.sharding.is_fully_replicated
+
+
+def test_projected_moments_keep_the_axes_that_they_have_in_common(make_model):
+    """Of a kernel [L, in, out] over (fsdp, tensor): [L, k, out] stays over tensor, [L, in, k] over fsdp."""
+    _, params = nnx.split(make_model())
+    mesh = make_mesh(2, 2, 2)
+    params = jax.device_put(params, param_shardings(params, mesh))
+    optimizer = make_optimizer(OptimizerConfig(), ForesightConfig(project=ProjectConfig(rank=4)))
+    state = init_optimizer(optimizer, params)
+    adam = next(s for s in jax.tree.leaves(state, is_leaf=lambda s: hasattr(s, "mu")) if hasattr(s, "mu"))
+    axes = set()
+    for moment, param in zip(jax.tree.leaves(adam.mu), jax.tree.leaves(params), strict=True):
+        for axis, (size, whole) in enumerate(zip(moment.shape, param.shape, strict=True)):
+            if size == whole:  # as split as the parameter's axis
+                assert (
+                    moment.sharding.shard_shape(moment.shape)[axis]
+                    == param.sharding.shard_shape(param.shape)[axis]
+                )
+            else:
+                assert size == 4
+                axes.add((moment.ndim, axis))
+    assert axes == {(3, 1), (3, 2)}

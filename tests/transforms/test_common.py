@@ -1,5 +1,7 @@
 """What every transform must do to be used like any other of optax: one table of transforms, one of checks."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -117,24 +119,64 @@ def test_scan_over_steps_is_a_loop_over_steps(transform):
 
 
 def test_donation(transform):
-    update = jax.jit(transform.update, donate_argnums=1)
-    state = transform.init(PARAMS)
+    """The state's buffers may be used again: nothing in it is shared with another leaf or with constants."""
+    kept, given = transform.init(PARAMS), transform.init(PARAMS)
+    donating, plain = jax.jit(transform.update, donate_argnums=1), jax.jit(transform.update)
     for seed in range(3):
-        updates, state = update(gradients(seed), state, PARAMS)
-    finite(updates)
+        expected, kept = plain(gradients(seed), kept, PARAMS)
+        updates, given = donating(gradients(seed), given, PARAMS)
+    same(updates, expected)
+    same(given, kept)
 
 
 def test_a_part_of_the_parameters(transform):
-    """masked and partition hand over trees with holes."""
+    """masked and partition hand over trees with holes: the part moves as if it were alone."""
     mask = {"embedding": False, "layers": {"up": True, "norm": {"scale": False}}, "down": True, "bias": False}
-    finite(steps(optax.masked(transform, mask))[0])
+    part = {"layers": {"up": PARAMS["layers"]["up"]}, "down": PARAMS["down"]}
+
+    def of_part(tree):
+        return {"layers": {"up": tree["layers"]["up"]}, "down": tree["down"]}
+
     labels = jax.tree.map(lambda chosen: "ours" if chosen else "rest", mask)
-    finite(steps(optax.partition({"ours": transform, "rest": optax.sgd(0.1)}, labels))[0])
+    masked, alone = optax.masked(transform, mask), transform
+    split = optax.partition({"ours": transform, "rest": optax.sgd(0.1)}, labels)
+    states = [t.init(p) for t, p in ((masked, PARAMS), (split, PARAMS), (alone, part))]
+    for seed in range(3):
+        grads = gradients(seed)
+        by_mask, states[0] = jax.jit(masked.update)(grads, states[0], PARAMS)
+        by_label, states[1] = jax.jit(split.update)(grads, states[1], PARAMS)
+        expected, states[2] = jax.jit(alone.update)(of_part(grads), states[2], part)
+        same(of_part(by_mask), expected)
+        same(of_part(by_label), expected)
+        same(by_mask["bias"], grads["bias"])
+        same(by_label["bias"], -0.1 * grads["bias"])
 
 
-def test_around_it(transform):
-    finite(steps(optax.apply_if_finite(transform, 3))[0])
-    finite(steps(optax.MultiSteps(transform, 2), count=4)[0])
+def test_a_step_that_is_not_finite_is_as_if_it_had_not_been(transform):
+    optimizer = optax.apply_if_finite(transform, 3)
+    state, plain = optimizer.init(PARAMS), transform.init(PARAMS)
+    for seed in range(3):
+        if seed == 1:
+            broken = gradients(9) | {"down": jnp.full((16, 8), jnp.nan)}
+            updates, state = jax.jit(optimizer.update)(broken, state, PARAMS)
+            assert all(not leaf.any() for leaf in jax.tree.leaves(updates))
+        updates, state = jax.jit(optimizer.update)(gradients(seed), state, PARAMS)
+        expected, plain = jax.jit(transform.update)(gradients(seed), plain, PARAMS)
+        same(updates, expected)
+    same(state.inner_state, plain)
+
+
+def test_accumulated_over_micro_steps(transform):
+    """MultiSteps hands over the mean of two gradients every second time."""
+    optimizer = optax.MultiSteps(transform, 2)
+    state, plain = optimizer.init(PARAMS), transform.init(PARAMS)
+    for seed in range(0, 6, 2):
+        first, state = jax.jit(optimizer.update)(gradients(seed), state, PARAMS)
+        assert all(not leaf.any() for leaf in jax.tree.leaves(first))
+        updates, state = jax.jit(optimizer.update)(gradients(seed + 1), state, PARAMS)
+        mean = jax.tree.map(lambda a, b: (a + b) / 2, gradients(seed), gradients(seed + 1))
+        expected, plain = jax.jit(transform.update)(mean, plain, PARAMS)
+        same(updates, expected)
 
 
 def test_map_params_sees_what_is_laid_out_like_the_parameters(transform):
@@ -146,13 +188,22 @@ def test_map_params_sees_what_is_laid_out_like_the_parameters(transform):
     assert kinds(mapped) == kinds(state)
 
 
-def test_injected_hyperparameters():
-    tracked = optax.inject_hyperparams(
-        transforms.track_subspace, static_args=("rank", "every", "of", "on_small", "lanczos", "matrices")
-    )(rank=2, every=1)
-    finite(steps(tracked)[1])
-    searched = optax.inject_hyperparams(transforms.extrapolate, static_args=("score_fn",))(score_fn=score)
-    finite(steps(searched)[0])
+STATIC = ("rank", "every", "steps", "refresh", "inner", "score_fn", "iterations", "fraction")
+INJECTED = {
+    "track": (transforms.track_subspace, dict(rank=2, every=1)),
+    "scale": (transforms.allocate_modules, dict(steps=2, mode="scale")),
+    "project": (transforms.project_to_subspace, dict(inner=optax.trace(0.9), rank=2, refresh=2)),
+    "extrapolate": (transforms.extrapolate, dict(score_fn=score)),
+}
+
+
+@pytest.mark.parametrize("name", INJECTED)
+def test_injected_hyperparameters(name):
+    """Ranks and counts are static, all other numbers may be arrays in the state."""
+    factory, arguments = INJECTED[name]
+    static = [argument for argument in STATIC if argument in inspect.signature(factory).parameters]
+    injected = optax.inject_hyperparams(factory, static_args=static)(**arguments)
+    same(steps(injected)[0], steps(factory(**arguments))[0])
 
 
 def test_in_an_nnx_optimizer_on_a_mesh(transform):

@@ -167,6 +167,61 @@ def test_gradient_descent_on_a_quadratic_stays_in_the_leading_directions():
     np.testing.assert_allclose(state[-1].track_probes[0].energy, 1, rtol=1e-4)
 
 
+def _linearised(base, inputs, residual):
+    """A = E[J^T F J] and b = A residual for logits x W: with vec(W) row by row, J^T F J = x x^T (x) F."""
+    p = np.exp(inputs @ base)
+    p /= p.sum(-1, keepdims=True)
+    fisher = [np.diag(row) - np.outer(row, row) for row in p]
+    a = np.mean([np.kron(np.outer(x, x), f) for x, f in zip(inputs, fisher, strict=True)], axis=0)
+    return np.linalg.eigh(a), a @ residual.ravel()
+
+
+@pytest.mark.parametrize("base_scale", [0.0, 1.0])
+def test_distillation_of_a_linear_softmax_student(base_scale):
+    """Gradient descent on the reverse KL follows the closed form of the paper's section 6, in float64.
+
+    The teacher is 1e-6 away, so that what the linearisation leaves out is as small. With a base of zero every
+    p is uniform, and left singular directions are eigenvectors of E[x x^T]: the two of high curvature first.
+    """
+    rng = np.random.default_rng(8)
+    width, words, eta, steps = 6, 5, 0.5, 25
+    deviations = np.array([2.0, 1.5, 0.05, 0.05, 0.05, 0.05])
+    u = np.linalg.qr(rng.normal(size=(width, width)))[0]
+    inputs = rng.normal(size=(200, width)) * deviations @ u.T
+    base = base_scale * rng.normal(size=(width, words))
+    residual = 1e-6 * rng.normal(size=(width, words))
+    (curvature, vectors), b = _linearised(base, inputs, residual)
+    alive = curvature > 1e-12  # adding the same to all logits changes nothing
+    growth = (1 - (1 - eta * curvature[alive]) ** steps) / curvature[alive]
+    expected = (vectors[:, alive] @ (growth * (vectors[:, alive].T @ b))).reshape(width, words)
+    with jax.enable_x64(True):
+        x, teacher = jnp.asarray(inputs), jax.nn.log_softmax(jnp.asarray(inputs @ (base + residual)))
+
+        def loss(params):
+            student = jax.nn.log_softmax(x @ params["w"])
+            return jnp.mean(jnp.sum(jnp.exp(student) * (student - teacher), axis=-1))
+
+        optimizer = optax.chain(optax.sgd(eta), track_subspace(rank=2, every=1, of="displacement"))
+        params = {"w": jnp.asarray(base)}
+        state = optimizer.init(params)
+
+        @jax.jit
+        def step(params, state):
+            updates, state = optimizer.update(jax.grad(loss)(params), state, params)
+            return optax.apply_updates(params, updates), state
+
+        for _ in range(steps):
+            params, state = step(params, state)
+    tracked = np.asarray(state[-1].track_displacement["w"])
+    np.testing.assert_allclose(tracked, expected, atol=1e-4 * np.abs(expected).max(), rtol=0)
+    found = np.asarray(state[-1].track_probes[0].left[0], np.float64)
+    exact = np.linalg.svd(expected)[0][:, :2]
+    assert np.linalg.svd(exact.T @ found, compute_uv=False).min() > 0.9999
+    if not base_scale:
+        top = np.linalg.eigh(inputs.T @ inputs)[1][:, -2:]
+        assert np.linalg.svd(top.T @ found, compute_uv=False).min() > 0.999
+
+
 def test_small_matrices():
     with pytest.warns(UserWarning, match=r"attention\.q\.kernel is 8 x 6, too small for rank 7"):
         state = track_subspace(rank=7).init(PARAMS)
@@ -201,3 +256,49 @@ def test_parameters_that_change_and_states_that_are_not_there():
         transform.init({"norm": jnp.ones(3)})
     with pytest.raises(ValueError, match="the state holds 0 of track_subspace"):
         subspace_summary(optax.sgd(1.0).init(PARAMS), PARAMS)
+
+
+@pytest.mark.parametrize("of", ["updates", "displacement"])
+@pytest.mark.parametrize("layers", [(), (3,)])
+def test_an_adapter_is_the_matrix_that_its_factors_make(of, layers):
+    """Against numpy's SVD of how A B changes, which is never made by the transform."""
+    rng = np.random.default_rng(6)
+
+    def adapter(scale):
+        a, b = rng.normal(size=(*layers, 20, 3)), rng.normal(size=(*layers, 3, 14))
+        return {"q": {"kernel": {"lora_a": jnp.float32(scale * a), "lora_b": jnp.float32(scale * b)}}}
+
+    start = params = adapter(0.5)
+    transform = track_subspace(rank=6, every=1, of=of)
+    state, update = transform.init(params), jax.jit(transform.update)
+    for _ in range(4):
+        updates, before = adapter(0.05), params
+        _, state = update(updates, state, params)
+        params = optax.apply_updates(params, updates)
+    old = before if of == "updates" else start
+    (new_ab, old_ab) = (
+        np.asarray(f["lora_a"], np.float64) @ np.asarray(f["lora_b"], np.float64)
+        for f in (params["q"]["kernel"], old["q"]["kernel"])
+    )
+    dense = (new_ab - old_ab).reshape(-1, 20, 14)
+    (probe,) = state.track_probes
+    u, s, _ = np.linalg.svd(dense, full_matrices=False)
+    np.testing.assert_allclose(probe.values, s[:, :6], rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(probe.norm, np.sqrt((s**2).sum(-1)), rtol=1e-4)
+    np.testing.assert_allclose(
+        np.abs(np.einsum("smi,smi->si", u[..., :2], probe.left[..., :2])), 1, atol=1e-4
+    )
+    p = s[:, :6] / s[:, :6].sum(-1, keepdims=True)
+    np.testing.assert_allclose(probe.effective_rank, np.exp(-(p * np.log(p)).sum(-1)), rtol=1e-3)
+    summary = subspace_summary(state, params)
+    np.testing.assert_allclose(summary["q.kernel/spectral_norm"], s[:, 0].mean(), rtol=1e-4)
+    with pytest.raises(ValueError, match="given the parameters"):
+        transform.update(updates, state)
+
+
+def test_gradients_of_an_adapter_are_followed_apart():
+    params = {"q": {"lora_a": jnp.ones((20, 3)), "lora_b": jnp.ones((3, 14))}}
+    transform = track_subspace(rank=2, of="gradients")
+    _, state = transform.update(random_updates(0, params), transform.init(params))
+    assert [probe.left.shape[1] for probe in state.track_probes] == [20, 3]
+    assert "q.lora_a/energy" in subspace_summary(state, params)
