@@ -226,7 +226,7 @@ def summary(tables: dict[str, list[dict[str, Any]]], score: str) -> str:
     for name, rows in tables.items():
         lines.append(f"{name:24} {score:>9} {'error':>8} {'norm':>9} {'gain':>6}")
         for row in rows:
-            share = (row["score"] - low) / (high - low) if high != low else math.nan
+            share = (row["score"] - low) / (high - low) + 0.0 if high != low else math.nan  # no -0%
             words = f"  {row['setting']:22} {row['score']:9.4f} {row['error']:8.4f} {row['norm']:9.4g}"
             lines.append(words + (f" {share:6.0%}" if math.isfinite(share) else ""))
     return "\n".join(lines)
