@@ -41,6 +41,7 @@ def intervene(argv: Sequence[str]) -> None:
     from opd_jax.parallel import make_mesh
 
     mesh = make_mesh()
+    sampling, about = _sampling(options, mesh)
     paths = [options.tuned, options.early]
     evaluator, (base, tuned, early) = read(options.base, paths, dtype=options.dtype, mesh=mesh, say=_say)
     wanted = analysis.edits(
@@ -56,8 +57,14 @@ def intervene(argv: Sequence[str]) -> None:
     saved = _saved(options.save, wanted, out)
     bar = analysis.Bar()
     progress = _Progress(bar)
-    score, about = _score(options, evaluator, base, tuned, progress.inside)
-    known = _Journal(out, _context(base, tuned, about), "" if early is None else early.digest())
+    score, more = _score(options, evaluator, base, sampling, progress.inside)
+    context = {
+        "base_path": base.path,
+        "tuned_path": tuned.path,
+        "base": base.digest(),
+        "tuned": tuned.digest(),
+    }
+    known = _Journal(out, context | about | more, "" if early is None else early.digest())
     with bar:
         tables = analysis.intervene(
             base.params, wanted, score, repeats=options.repeats, known=known, progress=progress
@@ -161,27 +168,20 @@ def _short(value: Any) -> str:
     return text if len(text) < 60 else text[:16] + '..."'
 
 
-def _context(base, tuned, about: dict[str, Any]) -> dict[str, Any]:
-    paths = {"base_path": base.path, "tuned_path": tuned.path}
-    return paths | {"base": base.digest(), "tuned": tuned.digest()} | about
-
-
-def _score(options, evaluator, base, tuned, tell) -> tuple[Any, dict[str, Any]]:
-    """The score, and what it depends on."""
-    from flax import nnx
-
+def _sampling(options, mesh) -> tuple[Any, dict[str, Any]]:
+    """What is sampled, and what its scores depend on; all that can be checked without weights is checked."""
     from opd_jax import models, tasks
-    from opd_jax._intervene_score import Accuracy, Divergence, Sampling, digest
+    from opd_jax._intervene_score import Sampling, tokenizer_folder
     from opd_jax.training._pair import check_pair
 
-    folder = tuned.folder
-    try:
-        tokenizer = models.load_tokenizer(folder)
-    except ValueError:
-        folder = base.folder
-        tokenizer = models.load_tokenizer(folder)
+    folder = tokenizer_folder(options.tuned, options.base)
+    tokenizer = models.load_tokenizer(folder)
     stops = models.stop_token_ids(folder, tokenizer)
-    rows = evaluator.mesh.shape["data"] * evaluator.mesh.shape["fsdp"]
+    if options.teacher is not None:
+        theirs = models.load_tokenizer(options.teacher)
+        their_stops = models.stop_token_ids(options.teacher, theirs)
+        check_pair(tokenizer, theirs, stops=stops, teacher_stops=their_stops, chat=options.chat == "auto")
+    rows = mesh.shape["data"] * mesh.shape["fsdp"]
     prompts = tasks.Prompts(
         tasks.load(options.source, options=options.options, verifier=options.verifier),
         tokenizer,
@@ -193,7 +193,6 @@ def _score(options, evaluator, base, tuned, tell) -> tuple[Any, dict[str, Any]]:
     )
     if prompts.dropped:
         _say(f"{prompts.dropped} prompts longer than {options.max_prompt_length} tokens are left out")
-    sampling = Sampling(prompts, stops, options.max_new_tokens, options.temperature, options.seed)
     batch = prompts.take(range(len(prompts)))
     content = [batch.tokens.tolist(), batch.lengths.tolist(), [str(e.answer) for e in batch.examples]]
     about = {
@@ -207,15 +206,23 @@ def _score(options, evaluator, base, tuned, tell) -> tuple[Any, dict[str, Any]]:
         "temperature": options.temperature,
         "seed": options.seed,
     }
+    how = Sampling(prompts, stops, options.max_new_tokens, options.temperature, options.seed)
+    return how, about
+
+
+def _score(options, evaluator, base, sampling, tell) -> tuple[Any, dict[str, Any]]:
+    """The score, and what else it depends on."""
+    from flax import nnx
+
+    from opd_jax import models
+    from opd_jax._intervene_score import Accuracy, Divergence, digest
+
     if options.teacher is None:
-        return Accuracy(evaluator, sampling, tell), about
-    theirs = models.load_tokenizer(options.teacher)
-    their_stops = models.stop_token_ids(options.teacher, theirs)
-    check_pair(tokenizer, theirs, stops=stops, teacher_stops=their_stops, chat=options.chat == "auto")
+        return Accuracy(evaluator, sampling, tell), {}
     _say(f"loading {options.teacher}")
     teacher = models.load(options.teacher, dtype=options.dtype, mesh=evaluator.mesh)
-    about |= {"teacher_path": options.teacher, "teacher": digest(nnx.state(teacher))}
-    return Divergence(evaluator, base.params, teacher, sampling, tell), about
+    score = Divergence(evaluator, base.params, teacher, sampling, tell)
+    return score, {"teacher_path": options.teacher, "teacher": digest(nnx.state(teacher))}
 
 
 def summary(tables: dict[str, list[dict[str, Any]]], score: str) -> str:
@@ -280,6 +287,8 @@ def _check(options: argparse.Namespace) -> None:
             raise ValueError("--early is for the experiment norms, which --experiments does not name")
     for name in ("alphas", "percents", "betas"):
         setattr(options, name, _numbers(getattr(options, name), "--" + name))
+    if bad := [p for p in options.percents if not 0 < p <= 100]:
+        raise ValueError(f"--percents must be above 0 and at most 100, got {bad[0]:g}")
     if options.repeats is None:
         options.repeats = 4 if options.teacher is None else 1
     for name, least in (("half_width", 0), ("repeats", 1), ("prompts", 2), ("batch_size", 1)):
@@ -299,8 +308,8 @@ def _numbers(text: str, option: str) -> list[float]:
         found = [float(word) for word in text.split(",") if word.strip()]
     except ValueError:
         raise ValueError(f"{option} {text!r} must be numbers with commas between them") from None
-    if not found:
-        raise ValueError(f"{option} is empty; give at least one number")
+    if not found or not all(map(math.isfinite, found)):
+        raise ValueError(f"{option} {text!r} must be finite numbers, at least one")
     return found
 
 

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from opd_jax import models, rollout, tasks
 from opd_jax.analysis._checkpoints import _model_folder
 from opd_jax.analysis._orbax import is_step, step_leaves
+from opd_jax.models._tokenizer import VOCABULARIES
 from opd_jax.parallel import batch_sharding
 from opd_jax.training._pair import check_width
 from opd_jax.training._step import Batch, make_measure, make_score
@@ -118,6 +119,15 @@ def read(
         own = folder if folder in whole else folders[0]
         found.append(None if path is None else Weights(path, _params(rest[path]), own))
     return evaluator, found
+
+
+def tokenizer_folder(tuned: str, base: str) -> Path:
+    """The folder whose tokenizer and stop tokens are used: the tuned model's, else the base's."""
+    for path in (tuned, base):
+        folder = _model_folder(models.resolve(path))
+        if (folder / "config.json").exists() and any((folder / name).exists() for name in VOCABULARIES):
+            return folder
+    raise ValueError(f"neither {tuned} nor {base} has a tokenizer: none of {', '.join(VOCABULARIES)}")
 
 
 def _on_base(model: models.Decoder, folder: Path, path: str) -> models.Decoder:

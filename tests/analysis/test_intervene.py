@@ -98,7 +98,7 @@ def test_the_kl_is_that_of_all_logits(evaluator, sampling):
     logits = [np.asarray(nnx.jit(lambda m, x: m(x)[0])(m, lines)) for m in (judge.model(edited), teacher)]
     mine, theirs = (np.asarray(jax.nn.log_softmax(x)) for x in logits)
     kl = (np.exp(mine) * (mine - theirs)).sum(-1)
-    sums = [k[n - 1 :][:32][m].sum() for k, n, m in zip(kl, prompts.lengths, mask, strict=True)]
+    sums = np.array([k[n - 1 :][:32][m].sum() for k, n, m in zip(kl, prompts.lengths, mask, strict=True)])
     counts = mask.sum(-1)
     ratio = sums.sum() / counts.sum()
     assert values.shape == (24,) and values.mean() == pytest.approx(ratio, rel=1e-4)
@@ -220,14 +220,14 @@ def test_mixed_dtypes_are_evaluated_in_float32(tmp_path):
         (["--experiments", ","], "--experiments is empty"),
         (["--experiments", "norms"], "needs --early"),
         (["--experiments", "swap", "--early", "x"], "--early is for the experiment norms"),
-        (["--alphas", ""], "--alphas is empty"),
+        (["--alphas", ""], "--alphas '' must be finite numbers, at least one"),
         (["--alphas", "0,x"], "--alphas '0,x' must be numbers"),
-        (["--alphas", "nan"], "each of alphas must be a finite number, got nan"),
+        (["--alphas", "nan"], "--alphas 'nan' must be finite"),
         (["--half-width", "-1"], "--half-width must be at least 0, got -1"),
         (["--repeats", "0"], "--repeats must be at least 1, got 0"),
         (["--temperature", "-1"], "--temperature must be 0 or more, got -1"),
         (["--options", "3"], "must be a mapping"),
-        (["--percents", "0"], "percents must be above 0"),
+        (["--percents", "0"], "--percents must be above 0 and at most 100, got 0"),
         (
             ["--save", "scale/alpha=7"],
             "--save scale/alpha=7 is no edit of this command; there are scale/alpha=0",
