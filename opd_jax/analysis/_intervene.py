@@ -147,6 +147,18 @@ def intervene(
     if not isinstance(repeats, int) or repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}")
     known = {} if known is None else known
+    _evaluate(base, wanted, score, repeats, known, progress)
+    tables: dict[str, Table] = {}
+    for each in wanted:
+        kept = [known[each.content, repeat] for repeat in range(repeats)]
+        mean, error = _summary([values for values, _ in kept], each.name)
+        row = {"experiment": each.experiment, "setting": each.setting, "score": mean, "error": error}
+        tables.setdefault(each.experiment, []).append(row | {"norm": kept[0][1]})
+    return tables
+
+
+def _evaluate(base: Any, wanted: Sequence[Edit], score: Score, repeats: int, known: Known, progress) -> None:
+    """Puts what is missing into `known`; edits of equal content are made and scored once."""
     makers = {each.content: each.make for each in reversed(wanted)}
     todo = {
         c: [r for r in range(repeats) if (c, r) not in known]
@@ -165,13 +177,6 @@ def intervene(
         params = None  # before the next is made
     if progress and total:
         progress("evaluating", done, total)
-    tables: dict[str, Table] = {}
-    for each in wanted:
-        kept = [known[each.content, repeat] for repeat in range(repeats)]
-        mean, error = _summary([values for values, _ in kept], each.name)
-        row = {"experiment": each.experiment, "setting": each.setting, "score": mean, "error": error}
-        tables.setdefault(each.experiment, []).append(row | {"norm": kept[0][1]})
-    return tables
 
 
 def _summary(values: list[Sequence[float]], name: str) -> tuple[float, float]:
