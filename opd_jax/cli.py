@@ -1,4 +1,4 @@
-"""opd-jax train | cache-teacher | analyze | evaluate | generate."""
+"""opd-jax train | cache-teacher | analyze | intervene | evaluate | generate."""
 
 import json
 import logging
@@ -19,6 +19,8 @@ _USAGE = """usage: opd-jax COMMAND ...
                       lets the teacher of a config score the data's completions once, into teacher.cache
   analyze --base PATH --run NAME=PATH[,PATH ...] --out DIR
                       what training did to the weights: spectra, trajectories, tables
+  intervene --base PATH --tuned PATH --source SOURCE --out DIR
+                      which part of it matters: edited weights, scored on a task or by KL to a teacher
   evaluate --model PATH --source SOURCE ...
                       sampled accuracy of any supported model on a task
   generate --model PATH --prompt TEXT ...
@@ -34,6 +36,9 @@ Keys are documented in opd_jax/config.py; examples are in configs/.
 """
 
 
+_RESUMES = ("train", "cache-teacher", "intervene")
+
+
 def main(argv: list[str] | None = None) -> int:
     """The `opd-jax` command; returns its exit status."""
     argv = sys.argv[1:] if argv is None else argv
@@ -41,6 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         "train": _train,
         "cache-teacher": _cache_teacher,
         "analyze": _analyze,
+        "intervene": _intervene,
         "evaluate": _evaluate,
         "generate": _generate,
     }
@@ -65,7 +71,7 @@ def _guarded(command: Callable[[list[str]], None], argv: list[str]) -> int:
         print(f"{stopped}. To go on:\n  opd-jax {shlex.join(argv)}", file=sys.stderr)
         return 130
     except KeyboardInterrupt:
-        go_on = f". To go on:\n  opd-jax {shlex.join(argv)}" * (argv[0] in ("train", "cache-teacher"))
+        go_on = f". To go on:\n  opd-jax {shlex.join(argv)}" * (argv[0] in _RESUMES)
         print(f"stopped at once{go_on}", file=sys.stderr)
         return 130
     except (ValueError, OSError, ImportError, TrainingError) as error:
@@ -103,6 +109,12 @@ def _analyze(argv: list[str]) -> None:
     from opd_jax._analyze_cli import analyze
 
     analyze(argv)
+
+
+def _intervene(argv: list[str]) -> None:
+    from opd_jax._intervene_cli import intervene
+
+    intervene(argv)
 
 
 def _train(argv: list[str]) -> None:

@@ -31,6 +31,8 @@ PART_OF = {
     "_objective_checks": "config",
     "_foresight_checks": "config",
     "_analyze_cli": "cli",
+    "_intervene_cli": "cli",
+    "_intervene_score": "cli",
 }
 
 # fmt: off

@@ -9,6 +9,17 @@ from opd_jax.analysis._geometry import FRACTIONS as FRACTIONS
 from opd_jax.analysis._geometry import Geometry as Geometry
 from opd_jax.analysis._geometry import MatrixGeometry as MatrixGeometry
 from opd_jax.analysis._geometry import geometry as geometry
+from opd_jax.analysis._intervene import EXPERIMENTS as EXPERIMENTS
+from opd_jax.analysis._intervene import Edit as Edit
+from opd_jax.analysis._intervene import edits as edits
+from opd_jax.analysis._intervene import intervene as intervene
+from opd_jax.analysis._interventions import inject as inject
+from opd_jax.analysis._interventions import leave_out as leave_out
+from opd_jax.analysis._interventions import match_norms as match_norms
+from opd_jax.analysis._interventions import scale as scale
+from opd_jax.analysis._interventions import swap as swap
+from opd_jax.analysis._interventions import truncate as truncate
+from opd_jax.analysis._interventions import window as window
 from opd_jax.analysis._pool import Bar as Bar
 from opd_jax.analysis._result import Result as Result
 from opd_jax.analysis._result import Run as Run

@@ -86,6 +86,7 @@ def open_checkpoint(
         >>> checkpoint.names()[1], checkpoint.shape(checkpoint.names()[1])
         ('model.layers.1.self_attn.q_proj.weight', (6, 4))
     """
+    from opd_jax.analysis._orbax import StepCheckpoint, is_step
     from opd_jax.analysis._sources import AdapterCheckpoint, FolderCheckpoint, TreeCheckpoint
 
     if isinstance(source, Checkpoint):
@@ -96,9 +97,7 @@ def open_checkpoint(
         folder = _model_folder(resolve(source))
         if (folder / ADAPTER_CONFIG).exists() and not (folder / "config.json").exists():
             opened = AdapterCheckpoint(folder, base)
-        elif (folder / "_CHECKPOINT_METADATA").exists() and (folder / "state").is_dir():
-            from opd_jax.analysis._orbax import StepCheckpoint
-
+        elif is_step(folder):
             opened = StepCheckpoint(folder)
         else:
             opened = FolderCheckpoint(folder)

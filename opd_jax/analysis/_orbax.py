@@ -21,26 +21,8 @@ class StepCheckpoint(TreeCheckpoint):
 
     def __init__(self, folder: Path):
         self.label = str(folder)
-        state = folder / "state"
-        tensorstore = require("tensorstore")
-        where = {"driver": "ocdbt", "base": f"file://{state.resolve()}/"}
-        try:
-            keys = [key.decode() for key in tensorstore.KvStore.open(where).result().list().result()]
-            names = [key.removesuffix("/.zarray") for key in keys if key.endswith("/.zarray")]
-            leaves = {
-                name.removeprefix(_PARAMS).removesuffix(".value"): _Leaf(tensorstore, where, name)
-                for name in sorted(names)
-                if name.startswith(_PARAMS)
-            }
-        except Exception as error:  # tensorstore raises many kinds, with pages of text
-            raise ValueError(f"{folder} cannot be read: {str(error).splitlines()[0][:300]}") from None
-        if any(".adapter." in name for name in leaves):
-            raise ValueError(
-                f"{folder} holds the adapters of a LoRA run without their base; give the run's final model, "
-                "or adapters saved by `opd_jax.models.save_lora`"
-            )
-        self._manifest = state / "manifest.ocdbt"
-        self._take(leaves)
+        self._manifest = folder / "state" / "manifest.ocdbt"
+        self._take(step_leaves(folder))
 
     def identity(self, name: str) -> str:
         stat = self._manifest.stat()  # a checkpoint appears whole and is never written again
@@ -64,3 +46,35 @@ class _Leaf:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self[...], dtype)
+
+
+def is_step(folder: Path) -> bool:
+    """Whether a folder is one of a run's `checkpoints`."""
+    return (folder / "_CHECKPOINT_METADATA").exists() and (folder / "state").is_dir()
+
+
+def step_leaves(folder: Path) -> dict[str, Any]:
+    """The trained parameters in a step's folder by name, such as "layers.mlp.up.kernel"; each is read when it
+    is made an array.
+
+    Raises:
+        ValueError: if the folder is damaged, or holds adapters without their base.
+    """
+    tensorstore = require("tensorstore")
+    where = {"driver": "ocdbt", "base": f"file://{(folder / 'state').resolve()}/"}
+    try:
+        keys = [key.decode() for key in tensorstore.KvStore.open(where).result().list().result()]
+        names = [key.removesuffix("/.zarray") for key in keys if key.endswith("/.zarray")]
+        leaves = {
+            name.removeprefix(_PARAMS).removesuffix(".value"): _Leaf(tensorstore, where, name)
+            for name in sorted(names)
+            if name.startswith(_PARAMS)
+        }
+    except Exception as error:  # tensorstore raises many kinds, with pages of text
+        raise ValueError(f"{folder} cannot be read: {str(error).splitlines()[0][:300]}") from None
+    if any(".adapter." in name for name in leaves):
+        raise ValueError(
+            f"{folder} holds the adapters of a LoRA run without their base; give the run's final model, "
+            "or adapters saved by `opd_jax.models.save_lora`"
+        )
+    return leaves
