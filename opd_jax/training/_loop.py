@@ -20,6 +20,7 @@ from opd_jax.training._errors import CheckpointError, Interrupted, TrainingError
 from opd_jax.training._extrapolation import Extrapolation
 from opd_jax.training._foresight import dynamics, freeze_modules
 from opd_jax.training._logging import Display, Loggers, require_loggers
+from opd_jax.training._memory import memory_table
 from opd_jax.training._process import Clock, on_signal
 from opd_jax.training._result import Result
 from opd_jax.training._run import RunFolder
@@ -69,6 +70,7 @@ def train(config: Config) -> Result:
                 if record["frozen"]:
                     setup, _ = still(setup, like, record["frozen"])
                 display.print(f"resuming {folder.path} at step {step}")
+            display.print(memory_table(setup, state))
             run = _Run(setup, state, step, _Record(**record), folder, checkpoints, display)
             del state
             with jax.set_mesh(setup.mesh):  # activations, caches and kernels are laid out on it

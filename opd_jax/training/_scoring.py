@@ -28,6 +28,7 @@ class Scorer:
         vocab_size: as given.
         graphdefs: of the teachers, as `make_update` takes them.
         passes: whether there is anything to score.
+        models: arrays of the models that do not change.
         measures: whether `measure` must be called before the update.
     """
 
@@ -57,6 +58,8 @@ class Scorer:
             for name, model, tokens in (("aligned", aligned, None), ("reference", reference, vocab_size))
             if model is not None
         }
+        others = (nnx.state(model) for model in (aligned, reference) if model is not None)
+        self.models = [*self._models, *others]
         self.passes = bool(self.graphdefs or self._log_probs)
         self.measures = config.tokens.weights != "uniform" or config.early_stop.overlap > 0
         self._measure = make_measure(student, self.graphdefs, dtype=dtype, ema=self._ema, **size)
