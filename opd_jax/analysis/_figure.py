@@ -93,6 +93,11 @@ def layout(x: str, y: str, *, xaxis: dict | None = None, yaxis: dict | None = No
     } | more
 
 
+def layer_axis(layers: Sequence[int]) -> dict[str, Any]:
+    """Whole numbers only, about ten of them."""
+    return {"tick0": 0, "dtick": max(1, -(-len(set(layers)) // 12))}
+
+
 def line(x: Sequence, y: Sequence, name: str, color: str, dash: str = "solid", **more) -> Trace:
     """A line with markers. Whatever is a name goes through `plain`, never into a hover template."""
     trace = {"type": "scatter", "mode": "lines+markers", "x": list(x), "y": list(y), "name": plain(name)}

@@ -21,6 +21,21 @@ SECTIONS = {
 }
 """Sections of the report by the name that figures give, in its order."""
 
+SHORT = {
+    "findings": "What matters",
+    "table1": "Concentration",
+    "norms": "Norms",
+    "layers": "Layers",
+    "spectra": "Spectra",
+    "alignment": "Alignment",
+    "paths": "First direction",
+    "settled": "Lock-in",
+    "comparison": "Comparison",
+    "interventions": "Interventions",
+    "notes": "Notes",
+}
+"""The same in a word or two, for the navigation."""
+
 
 def figures(result: Result) -> tuple[Figure, ...]:
     """The figures of the report, those of the findings first, then the paper's in its order.

@@ -1,8 +1,7 @@
 """Figures of runs side by side, and of interventions."""
 
-from collections.abc import Mapping
-
 import math
+from collections.abc import Mapping
 
 from opd_jax.analysis._compare import Table
 from opd_jax.analysis._figure import COLORS, Figure, layout, line, plain
@@ -22,11 +21,16 @@ LABELS = {
 def comparison(result: Result) -> list[Figure]:
     """Differences between runs with their intervals, and scores at equal norm."""
     found = []
-    for table, name, title, where in (
-        ("measures", "differences", "Last checkpoints", "of the last checkpoints"),
-        ("equal_norm", "equal_norm", "At equal norm", "of the checkpoints whose norms come nearest"),
+    last, near = (result.comparison.get(name, ()) for name in ("measures", "equal_norm"))
+    same = _checkpoints(last) == _checkpoints(near)
+    words = " No checkpoints come nearer in norm, so there is no comparison at equal norm." * same
+    for rows, name, title, where, more in (
+        (last, "differences", "Last checkpoints", "of the last checkpoints", words),
+        ((), "", "", "", "")
+        if same
+        else (near, "equal_norm", "At nearly equal norm", "of the checkpoints whose norms come nearest", ""),
     ):
-        figure = _differences(result.comparison.get(table, ()), name, title, where)
+        figure = _differences(rows, name, title, where, more)
         if figure is not None:
             found.append(figure)
     if rows := result.comparison.get("scores_at_norm"):
@@ -34,7 +38,12 @@ def comparison(result: Result) -> list[Figure]:
     return found
 
 
-def _differences(rows: Table, name: str, title: str, where: str) -> Figure | None:
+def _checkpoints(rows: Table) -> set[tuple]:
+    """(run, step) of everything that is compared."""
+    return {(r[a], r[b]) for r in rows for a, b in (("reference", "reference_step"), ("run", "run_step"))}
+
+
+def _differences(rows: Table, name: str, title: str, where: str, more: str) -> Figure | None:
     traces, kept = [], []
     runs = list(dict.fromkeys(row["run"] for row in rows))
     for run, color in zip(runs, COLORS[1:] * (len(runs) // 7 + 1), strict=False):
@@ -47,7 +56,11 @@ def _differences(rows: Table, name: str, title: str, where: str) -> Figure | Non
                      for end in ("low", "high"))  # fmt: skip
         text = [f"{row['difference']:.3g} [{row['low']:.3g}, {row['high']:.3g}]" for row in of]
         trace = line(x, [LABELS[row["measure"]] for row in of], f"{run} − {of[0]['reference']}", color)
-        trace |= {"mode": "markers", "text": text, "hovertemplate": "%{y}: %{x:.3g}%<br>%{text}<extra></extra>"}
+        trace |= {
+            "mode": "markers",
+            "text": text,
+            "hovertemplate": "%{y}: %{x:.3g}%<br>%{text}<extra></extra>",
+        }
         error = {"type": "data", "symmetric": False, "array": high, "arrayminus": low}
         traces.append(trace | {"error_x": error, "marker": {"color": color, "size": 9}})
         kept += of
@@ -62,9 +75,9 @@ def _differences(rows: Table, name: str, title: str, where: str) -> Figure | Non
         name,
         "comparison",
         title,
-        f"Difference of the measures {where}, in percent of the first run's mean: {at}. Bars are 95% bootstrap "
-        "intervals over matrices: they tell how much depends on which matrices a model has, not what another seed "
-        "of the training would give.",
+        f"Difference of the measures {where}, in percent of the first run's mean: {at}. Bars are 95% "
+        "bootstrap intervals over matrices: they tell how much depends on which matrices a model has, not "
+        "what another seed of the training would give." + more,
         "mean over matrices of (run − reference) / mean of reference",
         "Differences: " + ", ".join(f"{r['run']} {r['measure']} {r['difference']:.3g}" for r in kept),
         tuple(traces),
@@ -118,7 +131,16 @@ def interventions(result: Result) -> list[Figure]:
         best = max((r for r in rows if r["score"] is not None), key=lambda r: r["score"], default=rows[0])
         alt = f"Scores by setting; the best is {plain(best['setting'])}"
         found.append(
-            Figure(name, "interventions", title, words, "", alt, tuple(traces), layout("setting", "score"),
-                   table=rows)  # fmt: skip
+            Figure(
+                name,
+                "interventions",
+                title,
+                words,
+                "",
+                alt,
+                tuple(traces),
+                layout("setting", "score"),
+                table=rows,
+            )
         )
     return found

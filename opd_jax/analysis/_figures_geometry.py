@@ -13,6 +13,7 @@ from opd_jax.analysis._figure import (
     colored,
     heat,
     last_changed,
+    layer_axis,
     layout,
     line,
     mean,
@@ -81,9 +82,9 @@ def concentration(runs: Sequence[Run]) -> Figure | None:
         "concentration",
         "findings",
         "How few directions hold the update",
-        "Share of ‖ΔW‖² in the leading directions of a matrix, against their share of its numerical rank; mean "
-        "over attention and MLP matrices, last checkpoint. The higher on the left, the more concentrated; "
-        "shares of less than one direction count as one.",
+        "Share of ‖ΔW‖² in the leading directions of a matrix, against their share of its numerical rank; "
+        "mean over attention and MLP matrices, last checkpoint. The higher on the left, the more "
+        "concentrated; shares of less than one direction count as one.",
         "Σ_{i≤k} sᵢ² / Σ sⱼ², k = ⌈f·r⌉",
         "Captured energy: the leading tenth of the directions holds "
         + ", ".join(f"{value:.0f}%" for value in ten),
@@ -124,7 +125,9 @@ def depth(runs: Sequence[Run]) -> Figure | None:
         "‖ΔW‖_F = √(Σ over the layer's matrices of that kind)",
         f"Update norm by layer; the largest is {top['kind']} of layer {top['layer']} in {top['run']}",
         tuple(traces),
-        layout("layer", "‖ΔW‖", yaxis={"rangemode": "tozero"}),
+        layout(
+            "layer", "‖ΔW‖", xaxis=layer_axis([row["layer"] for row in table]), yaxis={"rangemode": "tozero"}
+        ),
         table=table,
     )
 
@@ -158,7 +161,7 @@ def modules(runs: Sequence[Run]) -> Figure | None:
         "findings",
         "Who moves more than its share",
         "Share of ‖ΔW‖² that each kind of matrix holds, beside its share of the parameters. A coloured bar "
-        "below the grey one has moved less, for its size, than the average; attention and MLP, last checkpoint.",
+        "below the grey one has moved less, for its size, than average; attention and MLP, last checkpoint.",
         "Σ_module ‖ΔW‖² / Σ_all ‖ΔW‖²",
         "Shares of the squared norm: "
         + ", ".join(f"{r['run']} {r['module']} {percent(r['share of squared norm'])}" for r in table),
@@ -197,7 +200,9 @@ def measures(runs: Sequence[Run]) -> list[Figure]:
             )
             frame = layout("module", axis, boxmode="group", xaxis={"type": "category"})
             words += " A point is a matrix; last checkpoint."
-            found.append(Figure(measure, "table1", title, words, formula, alt, tuple(traces), frame, table=table))
+            found.append(
+                Figure(measure, "table1", title, words, formula, alt, tuple(traces), frame, table=table)
+            )
     return found
 
 
@@ -284,7 +289,12 @@ def places(runs: Sequence[Run]) -> Figure | None:
         "Norm of the update of each matrix, in percent of the norm of the base's matrix; last checkpoint.",
         "‖ΔW‖_F / ‖W_base‖_F",
         f"Relative norm by layer and module; largest: {top['module']} of layer {top['layer']}, {top['run']}",
-        layout=layout("layer", "", yaxis={"autorange": "reversed", "type": "category"}),
+        layout=layout(
+            "layer",
+            "",
+            xaxis=layer_axis([row["layer"] for row in table]),
+            yaxis={"autorange": "reversed", "type": "category"},
+        ),
         table=table,
         **chosen(variants, "Run"),
     )
@@ -339,11 +349,11 @@ def spectra(runs: Sequence[Run]) -> list[Figure]:
             "spectra",
             "spectra",
             "Singular values of every matrix",
-            f"The {KEPT} largest singular values of each update, relative to its largest; a line is a matrix. "
-            "Steep lines are updates of few directions.",
+            f"The {KEPT} largest singular values of each update, relative to its largest; a line is a "
+            "matrix. Steep lines are updates of few directions.",
             "sᵢ / s₁",
             "Relative singular values of every matrix, falling with their index",
-            layout=layout("index i", "sᵢ / s₁", xaxis=log, yaxis=log),
+            layout=layout("index i", "sᵢ / s₁", xaxis=log | {"dtick": "D2"}, yaxis=log | {"dtick": "D2"}),
             table=slopes,
             **chosen(values, "Run"),
         ),

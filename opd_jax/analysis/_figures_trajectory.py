@@ -10,6 +10,7 @@ from opd_jax.analysis._figure import (
     chosen,
     colored,
     heat,
+    layer_axis,
     layout,
     line,
     mean,
@@ -76,11 +77,13 @@ def lock_in(runs: Sequence[Run]) -> Figure | None:
         "When the directions were found",
         "Mean |cos| between the left singular vectors of the update so far and those of the final update, "
         "index by index; and the norm so far. Directions above the dotted norm were found sooner than the "
-        f"distance was gone. The line at {THRESHOLD} is where they count as locked in. The last point is 1 by "
-        "definition, and every update holds the ones before it: some agreement comes from that alone.",
+        f"distance was gone. The line at {THRESHOLD} is where they count as locked in. The last point is 1 "
+        "by definition, and every update holds the ones before it: some agreement comes from that alone.",
         "|⟨u_k(ΔW_t), u_k(ΔW_T)⟩|, mean over k and matrices",
         "Alignment with the final directions by step: "
-        + "; ".join(f"{run.name} " + ", ".join(f"{v:.2f}" for v in aligned(w)) for run, w, _ in followed(runs)),
+        + "; ".join(
+            f"{run.name} " + ", ".join(f"{v:.2f}" for v in aligned(w)) for run, w, _ in followed(runs)
+        ),
         tuple(traces),
         layout(
             "step",
@@ -112,13 +115,16 @@ def direction_distance(runs: Sequence[Run]) -> Figure | None:
         "findings",
         "Direction against distance",
         "How well the leading directions are known, against how much of the way is gone. Extrapolation has "
-        "something to win above the grey line. On that line lies the whole update of a random walk, whose cosine "
-        "with the end is ‖ΔW_t‖ / ‖ΔW_T‖.",
+        "something to win above the grey line. On that line lies the whole update of a random walk, whose "
+        "cosine with the end is ‖ΔW_t‖ / ‖ΔW_T‖.",
         "mean |cos(u_k)| against ‖ΔW_t‖_F / ‖ΔW_T‖_F",
         "Alignment against the share of the final norm",
         (*traces, even | {"hoverinfo": "skip"}),
         layout(
-            "‖ΔW_t‖ / ‖ΔW_T‖", "mean |cos|", xaxis={"range": [0, 1.04]}, yaxis={"range": [0, 1.04]}
+            "‖ΔW<sub>t</sub>‖ / ‖ΔW<sub>T</sub>‖",
+            "mean |cos|",
+            xaxis={"range": [0, 1.04]},
+            yaxis={"range": [0, 1.04]},
         ),
         table=table,
     )
@@ -143,8 +149,12 @@ def alignment(runs: Sequence[Run]) -> list[Figure]:
         ]
         chance += [record.left.shape[1] / _rows(record, run) for record in way.select()]
         heats += _heats(run, way)
-    words = "Mean over attention and MLP matrices of |cos| between the k-th singular vector of the update so far "
-    words += "and the k-th of the final one. Where singular values are close, vectors swap places and the cosine "
+    words = (
+        "Mean over attention and MLP matrices of |cos| between the k-th singular vector of the update so far "
+    )
+    words += (
+        "and the k-th of the final one. Where singular values are close, vectors swap places and the cosine "
+    )
     words += "is small although the subspace is the same; the table has the overlap of the whole subspaces, "
     words += f"which for random ones would be about {percent(mean(chance))} (left)."
     index = {"title": {"text": "k"}, "autorange": "reversed"}
@@ -154,7 +164,7 @@ def alignment(runs: Sequence[Run]) -> list[Figure]:
             "alignment",
             "Which directions settle when",
             words,
-            "|⟨u_k(ΔW_t), u_k(ΔW_T)⟩|; overlap ‖U_tᵀU_T‖_F² / K",
+            "|⟨u_k(ΔW_t), u_k(ΔW_T)⟩|; overlap ‖U_{t}ᵀU_{T}‖_{F}² / K",
             "Heat map of alignment by step and index",
             layout=layout("step", "k", xaxis={"type": "category"}, yaxis=index),
             table=table,
@@ -164,13 +174,11 @@ def alignment(runs: Sequence[Run]) -> list[Figure]:
             "first_last",
             "alignment",
             "First checkpoint against last",
-            "|cos| between the left singular vectors of the first update (down) and of the last (across). A bright "
-            "diagonal: the same directions, in the same order, from the start.",
-            "|U_1ᵀ U_T|",
+            "|cos| between the left singular vectors of the first update (down) and of the last (across). "
+            "A bright diagonal: the same directions, in the same order, from the start.",
+            "|U_{1}ᵀ U_{T}|",
             "Heat map of first against last directions",
-            layout=layout(
-                "k of the last checkpoint", "k of the first", yaxis={"autorange": "reversed"}
-            ),
+            layout=layout("k of the last checkpoint", "k of the first", yaxis={"autorange": "reversed"}),
             **chosen(heats, "Matrix"),
         ),
     ]
@@ -184,9 +192,7 @@ def _rows(record: MatrixTrajectory, run: Run) -> int:
 def _heats(run: Run, way: Trajectory) -> Iterator[tuple[str, list]]:
     records = way.select()
     size = max(len(record.heat) for record in records)
-    padded = [
-        np.pad(r.heat, ((0, size - len(r.heat)),) * 2, constant_values=np.nan) for r in records
-    ]
+    padded = [np.pad(r.heat, ((0, size - len(r.heat)),) * 2, constant_values=np.nan) for r in records]
     stack = np.stack(padded)
     known = np.isfinite(stack).sum(0)
     average = np.where(known, np.nansum(stack, 0) / np.maximum(known, 1), np.nan)
@@ -229,12 +235,16 @@ def paths(runs: Sequence[Run]) -> list[Figure]:
             | {"hovertemplate": "%{text}<br>EVR %{y:.3f}<extra></extra>"}
         )
         table += [
-            {"run": run.name, "module": m, "mean EVR": mean([flats[r.name][1] for r in known if r.module == m])}
+            {
+                "run": run.name,
+                "module": m,
+                "mean EVR": mean([flats[r.name][1] for r in known if r.module == m]),
+            }
             for m in modules_of(known)
         ]
     if not variants:
         return []
-    return [_pca(variants), _evr(traces, table), *([_tsne(embedded)] if embedded else [])]
+    return [_pca(variants), *([_tsne(embedded)] if embedded else []), _evr(traces, table)]
 
 
 def _way(points: np.ndarray, steps: Sequence[int], color: str) -> list[dict]:
@@ -269,8 +279,8 @@ def _evr(traces, table) -> Figure:
         "evr",
         "paths",
         "How flat that way is",
-        "Share of the way's variance in its first two components. A high share alone means little: a random walk "
-        "in many dimensions has about 0.76 (arXiv 1806.08805), and three checkpoints always have 1.",
+        "Share of the way's variance in its first two components. A high share alone means little: a "
+        "random walk in many dimensions has about 0.76 (arXiv 1806.08805), and three checkpoints always have 1.",
         "EVR = (λ₁ + λ₂) / Σ λᵢ",
         "Explained variance ratio by module; means: "
         + ", ".join(f"{r['run']} {r['module']} {r['mean EVR']:.2f}" for r in table),
@@ -296,9 +306,7 @@ def _tsne(variants) -> Figure:
 
 def _embedded(run: Run, way: Trajectory, records: Sequence[MatrixTrajectory], color: str) -> list:
     try:
-        return [
-            (f"{run.name} · {record.name}", _way(record.tsne(), way.steps, color)) for record in records
-        ]
+        return [(f"{run.name} · {record.name}", _way(record.tsne(), way.steps, color)) for record in records]
     except (ImportError, ValueError):
         return []  # no scikit-learn, or fewer than four directions: PCA shows the same
 
@@ -328,9 +336,9 @@ def settled(runs: Sequence[Run]) -> list[Figure]:
             "lock_in_threshold",
             "settled",
             "Lock-in step by threshold",
-            "The first checkpoint from which on the mean |cos| of the leading directions with the final ones stays "
-            "at or above a threshold. It can be no finer than the steps of the checkpoints, and no later than the "
-            "last.",
+            "The first checkpoint from which on the mean |cos| of the leading directions with the final "
+            "ones stays at or above a threshold. It can be no finer than the steps of the checkpoints, and "
+            "no later than the last.",
             "min {t : mean |cos| at every t' ≥ t is ≥ threshold}",
             "Lock-in step against the threshold",
             tuple(traces),
@@ -339,7 +347,9 @@ def settled(runs: Sequence[Run]) -> list[Figure]:
         )
     ]
     if variants:
-        words = f"The step from which on the directions of a matrix stay at |cos| ≥ {THRESHOLD}; bright is early."
+        words = (
+            f"The step from which on the directions of a matrix stay at |cos| ≥ {THRESHOLD}; bright is early."
+        )
         found.append(
             Figure(
                 "lock_in_places",
@@ -348,7 +358,12 @@ def settled(runs: Sequence[Run]) -> list[Figure]:
                 words,
                 "",
                 "Lock-in step by layer and module",
-                layout=layout("layer", "", yaxis={"autorange": "reversed", "type": "category"}),
+                layout=layout(
+                    "layer",
+                    "",
+                    xaxis=layer_axis([r.layer for _, way, _ in followed(runs) for r in way.select()]),
+                    yaxis={"autorange": "reversed", "type": "category"},
+                ),
                 **chosen(variants, "Run"),
             )
         )

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from importlib import resources
@@ -12,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from opd_jax.analysis._compare import Table
-from opd_jax.analysis._figure import Figure, template
-from opd_jax.analysis._figures import SECTIONS, figures
-from opd_jax.analysis._findings import Finding, findings
+from opd_jax.analysis._figure import Figure, colored, template
+from opd_jax.analysis._figures import SECTIONS, SHORT, figures
+from opd_jax.analysis._findings import Answer, Finding, findings
 from opd_jax.analysis._result import Result, Run
 
 _ROWS = 200
@@ -22,12 +23,12 @@ _ROWS = 200
 _TABLE1 = {
     "step": "step",
     "matrices": "matrices",
-    "norm": "‖ΔW‖, all matrices",
+    "norm": "norm, all",
     "spectral": "spectral norm",
     "ratio": "spectral/Frobenius",
     "effective_rank": "effective rank",
-    "numerical_rank": "numerical rank",
-    "top1_ratio": "top-1% norm ratio",
+    "numerical_rank": "rank",
+    "top1_ratio": "top-1% ratio",
     "score": "score",
 }
 _PAPER = (
@@ -37,8 +38,8 @@ _PAPER = (
     ("top-1% norm ratio", "78.1% → 92.3%", "79.2% → 93.4%", "88.5% → 94.7%", "81.2% → 94.5%"),
 )
 _INTRO = {
-    "table1": "Means over the attention and MLP matrices that have changed, as the paper's Table 1, and the same "
-    "measures matrix by matrix. ΔW = W − W_base, with singular values s₁ ≥ s₂ ≥ …",
+    "table1": "Means over the attention and MLP matrices that have changed, as the paper's Table 1, and "
+    "the same measures matrix by matrix. ΔW = W − W_base, with singular values s₁ ≥ s₂ ≥ …",
     "norms": "How far every checkpoint is from the base, and what score goes with it.",
     "layers": "Where in the model the update sits.",
     "spectra": "How the singular values of the updates fall off.",
@@ -46,12 +47,12 @@ _INTRO = {
     "paths": "Where the strongest direction of a matrix went from checkpoint to checkpoint.",
     "settled": "The step at which directions stop changing.",
     "comparison": "What distinguishes runs from the same base.",
-    "interventions": "What the score is when only a part of the update, or a changed one, is put into the base.",
+    "interventions": "The score when only a part of the update, or a changed one, is put into the base.",
     "notes": "",
 }
 _MISSING = {
-    "norms": "Norms along the way need a run with at least two checkpoints; scores come from a run folder or from "
-    "--scores.",
+    "norms": "Norms along the way need a run with at least two checkpoints; scores come from a run folder "
+    "or from --scores.",
     "alignment": "This needs a run with at least two checkpoints.",
     "paths": "This needs a run with at least two checkpoints.",
     "settled": "This needs a run with at least two checkpoints.",
@@ -86,7 +87,7 @@ def page(result: Result, drawn: Sequence[Figure]) -> str:
     css, own = ((files / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
     sections = [_section(name, result, drawn) for name in SECTIONS]
     kept = [(name, text) for name, text in zip(SECTIONS, sections, strict=True) if text]
-    links = "".join(f'<li><a href="#{name}">{escape(SECTIONS[name])}</a></li>' for name, _ in kept)
+    links = "".join(f'<li><a href="#{name}">{escape(SHORT[name])}</a></li>' for name, _ in kept)
     scripts = [plotly, own]
     hashes = " ".join(f"'sha256-{_hash(script)}'" for script in scripts)
     policy = f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:; "
@@ -112,13 +113,13 @@ def page(result: Result, drawn: Sequence[Figure]) -> str:
 <a class="skip" href="#findings">Skip to the findings</a>
 {_header(result)}
 <nav aria-label="Sections"><div><ul>{links}</ul>
-<button id="theme" type="button" aria-pressed="false">Dark</button></div></nav>
+<button id="theme" type="button" aria-pressed="false">◐ Dark</button></div></nav>
 <main>
 {"".join(text for _, text in kept)}
 </main>
-<footer>Made by <code>opd-jax analyze</code>. Every table is beside this file in <code>tables/</code> as CSV and
-JSON, every figure in <code>figures/</code> as PNG and SVG where a browser was there to draw it. The measures are
-those of Cai et al., <em>Learning to Foresee</em>, arXiv 2605.11739.</footer>
+<footer>Made by <code>opd-jax analyze</code>. Every table is beside this file in <code>tables/</code>,
+as CSV and JSON; every figure in <code>figures/</code>, as PNG and SVG, where a browser was there to draw it.
+The measures are those of Cai et al., <em>Learning to Foresee</em>, arXiv 2605.11739.</footer>
 {blocks}<script>{plotly}</script>
 <script>{own}</script>
 </body>
@@ -130,7 +131,7 @@ def _header(result: Result) -> str:
     runs = "".join(f"<li>{_described(run)}</li>" for run in result.runs)
     return f"""<header>
 <h1>What training did to the weights</h1>
-<p>Updates ΔW = W − W_base of {len(result.runs)} run{"s" * (len(result.runs) > 1)} from the base
+<p>Updates ΔW = W − W<sub>base</sub> of {len(result.runs)} run{"s" * (len(result.runs) > 1)} from the base
 <code>{escape(str(result.base))}</code>.</p>
 <ul>{runs}</ul>
 </header>"""
@@ -152,7 +153,8 @@ def _section(name: str, result: Result, drawn: Sequence[Figure]) -> str:
     here = [figure for figure in drawn if figure.section == name]
     if name == "findings":
         by_name = {figure.name: figure for figure in here}
-        inside = "".join(_finding(each, by_name.get(each.figure)) for each in findings(result))
+        colors = {run.name: color for run, color in colored(result.runs)}
+        inside = "".join(_finding(each, by_name.get(each.figure), colors) for each in findings(result))
     elif name == "notes":
         inside = _notes(result)
     elif not here and name not in _MISSING:
@@ -161,18 +163,28 @@ def _section(name: str, result: Result, drawn: Sequence[Figure]) -> str:
         before = _table1(result) if name == "table1" else ""
         inside = before + f'<div class="grid">{"".join(map(_figure, here))}</div>'
         inside = inside if here else f"<p>{escape(_MISSING[name])}</p>"
-    intro = f"<p>{escape(_INTRO[name])}</p>" if here and _INTRO.get(name) else ""
+    intro = f"<p>{_names(_INTRO[name])}</p>" if here and _INTRO.get(name) else ""
     title = escape(SECTIONS[name])
-    return f'<section id="{name}" aria-labelledby="h-{name}">\n<h2 id="h-{name}">{title}</h2>\n{intro}{inside}\n</section>\n'
+    return (
+        f'<section id="{name}" aria-labelledby="h-{name}">\n<h2 id="h-{name}">{title}</h2>\n'
+        f"{intro}{inside}\n</section>\n"
+    )
 
 
-def _finding(finding: Finding, figure: Figure | None) -> str:
-    answers = "".join(f"<p>{escape(answer)}</p>" for answer in finding.answers)
+def _finding(finding: Finding, figure: Figure | None, colors: Mapping[str, str]) -> str:
+    answers = "".join(_answer(answer, colors) for answer in finding.answers)
     drawing = "" if figure is None else _figure(figure, level=4)
     return (
         f'<article class="card finding"><div><h3>{escape(finding.question)}</h3>{answers}'
         f'<p class="caveat">{escape(finding.caveat)}</p></div>{drawing}</article>\n'
     )
+
+
+def _answer(answer: Answer, colors: Mapping[str, str]) -> str:
+    dot = f'<span class="dot" style="background:{colors[answer.run]}"></span>' if answer.run in colors else ""
+    name = f'<span class="run">{dot}{escape(answer.run)}</span> ' if answer.run else ""
+    rest = f" {escape(answer.rest)}" if answer.rest else ""
+    return f"<p>{name}<strong>{escape(answer.lead)}</strong>{rest}</p>"
 
 
 def _figure(figure: Figure, level: int = 3) -> str:
@@ -184,16 +196,18 @@ def _figure(figure: Figure, level: int = 3) -> str:
             f'<div class="choice"><label for="choose-{name}">{escape(figure.choice)}</label>'
             f'<select id="choose-{name}" data-plot="{name}">{options}</select></div>'
         )
-    formula = f'<p class="formula">{escape(figure.formula)}</p>' if figure.formula else ""
+    formula = f'<p class="formula">{_math(figure.formula)}</p>' if figure.formula else ""
     numbers = ""
     if figure.table:
-        numbers = f"<details><summary>Numbers of this figure</summary>{table(figure.table, figure.title)}</details>"
+        numbers = (
+            f"<details><summary>Numbers of this figure</summary>{table(figure.table, figure.title)}</details>"
+        )
     label = escape(f"{figure.alt}. Arrow keys walk through the points.")
     return (
-        f'<figure><h{level}>{escape(figure.title)}</h{level}>{choice}'
+        f"<figure><h{level}>{escape(figure.title)}</h{level}>{choice}"
         f'<div class="plot" id="{name}" tabindex="0" role="img" aria-label="{label}"></div>'
         f'<p class="spoken" aria-live="polite"></p><figcaption><p class="definition">'
-        f"{escape(figure.definition)}</p>{formula}</figcaption>{numbers}</figure>\n"
+        f"{_names(figure.definition)}</p>{formula}</figcaption>{numbers}</figure>\n"
     )
 
 
@@ -210,8 +224,8 @@ def _table1(result: Result) -> str:
     paper = [dict(zip(sizes, row, strict=True)) for row in _PAPER]
     return (
         table(rows, "Means at the last checkpoint")
-        + "<details><summary>The paper's values, RL → OPD</summary><p>Of other models and data than yours: for "
-        f"orientation only.</p>{table(paper, 'Table 1 of arXiv 2605.11739')}</details>"
+        + "<details><summary>The paper's values, RL → OPD</summary><p>Of other models and data than yours: "
+        f"for orientation only.</p>{table(paper, 'Table 1 of arXiv 2605.11739')}</details>"
     )
 
 
@@ -225,7 +239,10 @@ def _notes(result: Result) -> str:
     notes = "".join(f"<li>{escape(note)}</li>" for note in result.notes)
     listed = f'<ul class="notes">{notes}</ul>' if notes else ""
     if not rows:
-        return listed + "<p>Every matrix of the base was compared. Vectors, such as norms and biases, are not.</p>"
+        return (
+            listed
+            + "<p>Every matrix of the base was compared. Vectors, such as norms and biases, are not.</p>"
+        )
     return listed + table(rows, "Tensors that were left out")
 
 
@@ -236,14 +253,18 @@ def table(rows: Table, caption: str) -> str:
     kind = {c: ' class="number"' if c in numeric else "" for c in columns}
     head = "".join(f'<th scope="col"{kind[c]}>{escape(str(c))}</th>' for c in columns)
     body = "".join(
-        "<tr>" + "".join(f"<td{_kind(row.get(c), kind[c])}>{escape(_cell(row.get(c)))}</td>" for c in columns) + "</tr>"
+        "<tr>"
+        + "".join(f"<td{_kind(row.get(c), kind[c])}>{escape(_cell(row.get(c)))}</td>" for c in columns)
+        + "</tr>"
         for row in rows[:_ROWS]
     )
-    more = f"<p>The first {_ROWS} of {len(rows)} rows; the files in tables/ have all.</p>" * (len(rows) > _ROWS)
+    more = f"<p>The first {_ROWS} of {len(rows)} rows; the files in tables/ have all.</p>" * (
+        len(rows) > _ROWS
+    )
     label = escape(caption)
     return (
-        f'<div class="table" tabindex="0" role="region" aria-label="{label}"><table><thead><tr>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>{more}"
+        f'<div class="table" tabindex="0" role="region" aria-label="{label}"><table>'
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{more}"
     )
 
 
@@ -254,8 +275,9 @@ def _kind(value: Any, kind: str) -> str:
 def _cell(value: Any) -> str:
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return "–"
-    return f"{value:.4g}" if isinstance(value, float) and value != int(value) else f"{value:g}" if isinstance(
-        value, float) else str(value)  # fmt: skip
+    if isinstance(value, float):
+        return f"{value:.0f}" if value == int(value) else f"{value:.4g}"
+    return str(value)
 
 
 def _drawable(figure: Figure) -> dict[str, Any]:
@@ -282,6 +304,16 @@ def _short(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.5g}") if math.isfinite(value) else None
     return value
+
+
+def _math(formula: str) -> str:
+    """A formula with its subscripts; `_x`, `_word` or `_{...}`."""
+    return re.sub(r"_(?:\{([^}]+)\}|(\w+))", r"<sub>\1\2</sub>", escape(formula))
+
+
+def _names(words: str) -> str:
+    """Words with the subscripts of the symbols in them."""
+    return re.sub(r"\b(Δ?W|u|U)_(base|t|T|k|1)\b", r"\1<sub>\2</sub>", escape(words))
 
 
 def _hash(text: str) -> str:
