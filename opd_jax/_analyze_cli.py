@@ -42,6 +42,20 @@ def analyze(argv: Sequence[str]) -> None:
     result.write(out, full=options.full)
     print(summary(result))
     print(f"tables: {out / 'tables'}")
+    _report(result, out)
+
+
+def _report(result, out: Path) -> None:
+    """Writes the report, or says what it needs: the tables are there in any case."""
+    from opd_jax import analysis
+
+    try:
+        with analysis.Bar() as bar:
+            path, notes = analysis.write_report(result, out, progress=bar)
+    except ImportError as error:
+        print(f"no report: {error}")
+        return
+    print("\n".join([*notes, f"report: {path}"]))
 
 
 def summary(result) -> str:
@@ -70,7 +84,7 @@ def summary(result) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="opd-jax analyze",
-        description="What training did to the weights: tables of W - W_base.",
+        description="What training did to the weights: a report and tables of W - W_base.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -78,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--base", required=True, help="the checkpoint that training began from")
     add("--run", required=True, action="append", metavar="NAME=CKPT[,CKPT...]", help="may be repeated")
-    add("--out", required=True, help="folder for result.json and tables/")
+    add("--out", required=True, help="folder for report.html, figures/, tables/ and result.json")
     add("--steps", action="append", default=[], metavar="[NAME=]N[,N...]", help="of a run's checkpoints")
     add("--scores", action="append", default=[], metavar="[NAME=]X[,X...]", help="such as their accuracies")
     add("--k", type=int, default=20, help="leading directions that trajectories follow (20)")

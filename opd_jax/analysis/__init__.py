@@ -11,6 +11,7 @@ from opd_jax.analysis._geometry import FRACTIONS as FRACTIONS
 from opd_jax.analysis._geometry import Geometry as Geometry
 from opd_jax.analysis._geometry import MatrixGeometry as MatrixGeometry
 from opd_jax.analysis._geometry import geometry as geometry
+from opd_jax.analysis._images import write_report as write_report
 from opd_jax.analysis._pool import Bar as Bar
 from opd_jax.analysis._report import report as report
 from opd_jax.analysis._result import Result as Result

@@ -280,7 +280,7 @@ def _evr(traces, table) -> Figure:
         "paths",
         "How flat that way is",
         "Share of the way's variance in its first two components. A high share alone means little: a "
-        "random walk in many dimensions has about 0.76 (arXiv 1806.08805), and three checkpoints always have 1.",
+        "random walk in many dimensions has about 0.76 (arXiv 1806.08805), three checkpoints always have 1.",
         "EVR = (λ₁ + λ₂) / Σ λᵢ",
         "Explained variance ratio by module; means: "
         + ", ".join(f"{r['run']} {r['module']} {r['mean EVR']:.2f}" for r in table),

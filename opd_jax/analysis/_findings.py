@@ -240,10 +240,9 @@ def _extrapolation(run: Run, way: Trajectory) -> Answer:
         return Answer(run.name, f"There is no update to extrapolate at step {steps[at]}.")
     rest = f"At step {steps[at]} ({percent(steps[at] / steps[-1])} of the way) the update had "
     rest += (
-        f"{percent(norms[at])} of its final norm; its {way.alignment().shape[1]} leading directions agreed with the "
-        "final ones to "
+        f"{percent(norms[at])} of its final norm; its {way.alignment().shape[1]} leading directions agreed "
     )
-    rest += f"|cos| {along[at]:.2f} on average, the strongest to {first:.2f}."
+    rest += f"with the final ones to |cos| {along[at]:.2f} on average, the strongest to {first:.2f}."
     lead = "Early directions were still to change: going far along all of them would lead elsewhere."
     if norms[at] >= 0.9:
         lead = "Most of the distance was gone early: little is left to extrapolate."
