@@ -27,9 +27,9 @@ _THRESHOLDS = tuple(round(0.5 + 0.05 * i, 2) for i in range(10))
 
 
 def followed(runs: Sequence[Run]) -> list[tuple[Run, Trajectory, str]]:
-    """Runs with a trajectory of attention or MLP matrices, and their colours."""
+    """Runs with a trajectory of attention or MLP matrices that end somewhere, and their colours."""
     found = [(run, run.trajectory, color) for run, color in colored(runs) if run.trajectory is not None]
-    return [(run, way, color) for run, way, color in found if way.select()]
+    return [(run, way, color) for run, way, color in found if np.isfinite(aligned(way)[-1:]).any()]
 
 
 def aligned(way: Trajectory, directions: int | None = None) -> np.ndarray:

@@ -59,6 +59,8 @@ def findings(result: Result) -> tuple[Finding, ...]:
         if last_changed(run) is None
     ]
     alone = (Answer("", ONE_CHECKPOINT),)
+    if any(run.trajectory is not None for run in result.runs):
+        alone = (Answer("", "No run has an update at its end, so there are no directions to follow."),)
     return (
         Finding(
             "How concentrated is the update?",
@@ -135,10 +137,6 @@ def _more_concentrated(result: Result) -> list[Answer]:
 def _locked(run: Run, way: Trajectory) -> Answer:
     along, norms, steps = aligned(way), norm_share(way), way.steps
     k = way.alignment().shape[1]
-    if not np.isfinite(along[-1]):
-        return Answer(
-            run.name, "The last checkpoint has no update, so there is no direction to compare with."
-        )
     step, first = way.lock_in(THRESHOLD), way.lock_in(THRESHOLD, directions=1)
     at = steps.index(step)
     if at == len(steps) - 1:

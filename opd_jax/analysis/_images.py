@@ -93,7 +93,9 @@ def titled(figure: Figure):
     if figure.variants:
         title += f"<br><span style='font-size:.75em'>{plain(figure.variants[0][0])}</span>"
     drawn = figure.plotly()
-    drawn.update_layout(title={"text": title, "x": 0.02, "xanchor": "left"}, margin={"t": 110})
+    drawn.update_layout(
+        title={"text": title, "x": 0.02, "y": 0.95, "yanchor": "top"}, margin={"t": 100, "b": 64}
+    )
     return drawn
 
 

@@ -194,7 +194,7 @@ def _figure(figure: Figure, level: int = 3) -> str:
         options = "".join(f"<option>{escape(label)}</option>" for label, _ in figure.variants)
         choice = (
             f'<div class="choice"><label for="choose-{name}">{escape(figure.choice)}</label>'
-            f'<select id="choose-{name}" data-plot="{name}">{options}</select></div>'
+            f'<select id="choose-{name}" data-plot="plot-{name}">{options}</select></div>'
         )
     formula = f'<p class="formula">{_math(figure.formula)}</p>' if figure.formula else ""
     numbers = ""
@@ -205,7 +205,8 @@ def _figure(figure: Figure, level: int = 3) -> str:
     label = escape(f"{figure.alt}. Arrow keys walk through the points.")
     return (
         f"<figure><h{level}>{escape(figure.title)}</h{level}>{choice}"
-        f'<div class="plot" id="{name}" tabindex="0" role="img" aria-label="{label}"></div>'
+        f'<div class="plot" id="plot-{name}" data-name="{name}" tabindex="0" role="img" '
+        f'aria-label="{label}"></div>'
         f'<p class="spoken" aria-live="polite"></p><figcaption><p class="definition">'
         f"{_names(figure.definition)}</p>{formula}</figcaption>{numbers}</figure>\n"
     )

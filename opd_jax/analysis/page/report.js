@@ -16,7 +16,7 @@
 
   function draw(plot) {
     if (drawn.has(plot)) return;
-    const { data, layout, variants } = read("data-" + plot.id);
+    const { data, layout, variants } = read("data-" + plot.dataset.name);
     drawn.set(plot, { data, variants, curve: 0, point: -1 });
     const own = { ...layout, template: themes[theme()], autosize: true };
     if (coarse) own.dragmode = false; // a finger scrolls the page
@@ -29,6 +29,7 @@
 
   const seen = new IntersectionObserver((entries) => {
     for (const entry of entries) if (entry.isIntersecting) { seen.unobserve(entry.target); draw(entry.target); }
+    if (!root.dataset.drawn) { root.dataset.drawn = "view"; performance.mark("view"); } // what is in view, first
   }, { rootMargin: "200px" });
   const idle = window.requestIdleCallback || ((call) => setTimeout(call, 20));
   const rest = () => { const next = plots.find((p) => !drawn.has(p)); if (next) { draw(next); idle(rest); } };
@@ -57,7 +58,7 @@
       state.curve = 0; state.point = -1;
       const layout = { ...plot.layout };
       for (const axis of ["xaxis", "yaxis"]) { // another matrix has another range
-        const given = read("data-" + plot.id).layout[axis] || {};
+        const given = read("data-" + plot.dataset.name).layout[axis] || {};
         layout[axis] = { ...given };
       }
       Plotly.react(plot, state.data, layout, config);
