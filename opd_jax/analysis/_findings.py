@@ -130,6 +130,9 @@ def _more_concentrated(result: Result) -> list[Answer]:
             lead = f"{more} is more concentrated than {less}."
         rest = f"Difference of s₁/‖ΔW‖, {row['run']} − {row['reference']}: {100 * row['difference']:+.1f} "
         rest += f"points, 95% interval {100 * low:+.1f} to {100 * high:+.1f} over {row['matrices']} matrices."
+        norms = row["run_norm"], row["reference_norm"]
+        if max(norms) > 1.1 * min(norms):
+            rest += f" Their norms differ, {norms[0]:.3g} and {norms[1]:.3g}, and ratios change along a run."
         said.append(Answer("", lead, rest))
     return said
 
