@@ -7,7 +7,8 @@ from pathlib import Path
 _EPILOG = """
 A checkpoint is a Hugging Face folder, a hub id, a run folder of `opd-jax train`, a LoRA adapter of the
 base, or a folder of checkpoint folders. Steps are read from names such as checkpoint-100, global_step_20.
-Results are kept by content: the same command again is instant, a stopped one goes on.
+Results are kept by content: the same command again is instant, a stopped one goes on. What `opd-jax
+intervene` has written into the same --out becomes a section of the report.
 
   opd-jax analyze --base Qwen/Qwen3-8B --run opd=out/checkpoint-10,out/checkpoint-100 --out analysis
 """
@@ -39,9 +40,24 @@ def analyze(argv: Sequence[str]) -> None:
         )
     if values:
         result = analysis.with_scores(result, values)
+    result = analysis.with_interventions(result, out)
     result.write(out, full=options.full)
     print(summary(result))
     print(f"tables: {out / 'tables'}")
+    _report(result, out)
+
+
+def _report(result, out: Path) -> None:
+    """Writes the report, or says what it needs: the tables are there in any case."""
+    from opd_jax import analysis
+
+    try:
+        with analysis.Bar() as bar:
+            path, notes = analysis.write_report(result, out, progress=bar)
+    except ImportError as error:
+        print(f"no report: {error}")
+        return
+    print("\n".join([*notes, f"report: {path}"]))
 
 
 def summary(result) -> str:
@@ -70,7 +86,7 @@ def summary(result) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="opd-jax analyze",
-        description="What training did to the weights: tables of W - W_base.",
+        description="What training did to the weights: a report and tables of W - W_base.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -78,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--base", required=True, help="the checkpoint that training began from")
     add("--run", required=True, action="append", metavar="NAME=CKPT[,CKPT...]", help="may be repeated")
-    add("--out", required=True, help="folder for result.json and tables/")
+    add("--out", required=True, help="folder for report.html, figures/, tables/ and result.json")
     add("--steps", action="append", default=[], metavar="[NAME=]N[,N...]", help="of a run's checkpoints")
     add("--scores", action="append", default=[], metavar="[NAME=]X[,X...]", help="such as their accuracies")
     add("--k", type=int, default=20, help="leading directions that trajectories follow (20)")

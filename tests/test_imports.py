@@ -39,7 +39,7 @@ PART_OF = {
 HEAVY = {
     "orbax", "grain", "transformers", "tokenizers", "tyro", "torch", "safetensors", "gguf",
     "huggingface_hub", "yaml", "rich", "pyarrow", "jinja2", "reasoning_gym", "math_verify",
-    "tensorboardX", "wandb", "matplotlib",
+    "tensorboardX", "wandb", "matplotlib", "plotly", "kaleido", "sklearn",
 }
 # fmt: on
 LIGHT = (

@@ -5,10 +5,13 @@ from opd_jax.analysis._checkpoints import Checkpoint as Checkpoint
 from opd_jax.analysis._checkpoints import open_checkpoint as open_checkpoint
 from opd_jax.analysis._compare import bootstrap as bootstrap
 from opd_jax.analysis._compare import compare as compare
+from opd_jax.analysis._figure import Figure as Figure
+from opd_jax.analysis._figures import figures as figures
 from opd_jax.analysis._geometry import FRACTIONS as FRACTIONS
 from opd_jax.analysis._geometry import Geometry as Geometry
 from opd_jax.analysis._geometry import MatrixGeometry as MatrixGeometry
 from opd_jax.analysis._geometry import geometry as geometry
+from opd_jax.analysis._images import write_report as write_report
 from opd_jax.analysis._intervene import EXPERIMENTS as EXPERIMENTS
 from opd_jax.analysis._intervene import Edit as Edit
 from opd_jax.analysis._intervene import edits as edits
@@ -21,9 +24,11 @@ from opd_jax.analysis._interventions import swap as swap
 from opd_jax.analysis._interventions import truncate as truncate
 from opd_jax.analysis._interventions import window as window
 from opd_jax.analysis._pool import Bar as Bar
+from opd_jax.analysis._report import report as report
 from opd_jax.analysis._result import Result as Result
 from opd_jax.analysis._result import Run as Run
 from opd_jax.analysis._run import analyze as analyze
+from opd_jax.analysis._run import with_interventions as with_interventions
 from opd_jax.analysis._run import with_scores as with_scores
 from opd_jax.analysis._spectra import singular_values as singular_values
 from opd_jax.analysis._trajectory import MatrixTrajectory as MatrixTrajectory

@@ -47,6 +47,7 @@ class Result:
         runs: in the order given.
         comparison: tables of `compare`; empty for a single run.
         notes: what a reader should know: what was skipped, what is equal, what could not be computed.
+        interventions: tables of `intervene`, by experiment; empty if there are none.
 
     Example:
         >>> import numpy as np
@@ -61,11 +62,12 @@ class Result:
     runs: tuple[Run, ...]
     comparison: Mapping[str, Table] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    interventions: Mapping[str, Table] = field(default_factory=dict)
 
     def to_json(self, *, full: bool = False) -> str:
         """Plain JSON; NaN becomes null. `full` keeps all singular values, not only the leading ones."""
         content = {"format": FORMAT, "fractions": FRACTIONS, "base": self.base, "notes": self.notes}
-        content["comparison"] = dict(self.comparison)
+        content |= {"comparison": dict(self.comparison), "interventions": dict(self.interventions)}
         content["runs"] = [
             {
                 "name": run.name,
@@ -98,11 +100,13 @@ class Result:
             )
             for run in content["runs"]
         )
-        return cls(content["base"], runs, content["comparison"], tuple(content["notes"]))
+        interventions = content.get("interventions", {})
+        return cls(content["base"], runs, content["comparison"], tuple(content["notes"]), interventions)
 
     def tables(self) -> dict[str, Table]:
         """By name: "summary" (means, as the paper's Table 1), "matrices", "modules", "layers",
-        "trajectories", "alignment", "skipped", and those of `compare` as "compare_..."."""
+        "trajectories", "alignment", "skipped", those of `compare` as "compare_..." and those of `intervene`
+        as "intervention_..."."""
         found: dict[str, Table] = {
             name: [] for name in ("summary", "matrices", "modules", "layers", "trajectories", "alignment")
         }
@@ -122,7 +126,8 @@ class Result:
                 found["skipped"] += [at | {"name": name, "why": why} for name, why in g.skipped]
             if run.trajectory is not None:
                 _trajectory_tables(run, found)
-        return found | {f"compare_{name}": table for name, table in self.comparison.items()}
+        found |= {f"compare_{name}": table for name, table in self.comparison.items()}
+        return found | {f"intervention_{name}": table for name, table in self.interventions.items()}
 
     def write(self, folder: str | Path, *, full: bool = False) -> None:
         """Writes result.json, and tables/*.csv and *.json, into a folder; made if missing."""

@@ -173,6 +173,25 @@ def _where(g: Geometry) -> str:
     return "final" if g.step is None else f"step {g.step}"
 
 
+def with_interventions(result: Result, folder: str | Path) -> Result:
+    """The result with what `opd-jax intervene` wrote into a folder's tables/, if it did.
+
+    Raises:
+        ValueError: naming a table that is none of intervene's.
+    """
+    found = {}
+    for path in sorted((Path(folder).expanduser() / "tables").glob("intervention_*.json")):
+        try:
+            rows = json.loads(path.read_text(encoding="utf-8"))
+            whole = all({"experiment", "setting", "score", "error"} <= row.keys() for row in rows)
+        except (ValueError, AttributeError, TypeError):
+            whole = False
+        if not whole:
+            raise ValueError(f"{path} is not a table of opd-jax intervene; remove it or run that again")
+        found[path.stem.removeprefix("intervention_")] = rows
+    return replace(result, interventions=found)
+
+
 def with_scores(result: Result, scores: Mapping[str, Sequence[float]]) -> Result:
     """The same result with scores of its runs, one a checkpoint in the order of steps.
 

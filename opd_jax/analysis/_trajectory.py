@@ -61,7 +61,8 @@ class MatrixTrajectory:
         return flat, float(variances[:2].sum() / total) if total > 1e-12 else float("nan")
 
     def tsne(self, *, seed: int = 0, perplexity: float | None = None) -> np.ndarray:
-        """The way of u_1 in two dimensions, by t-SNE, [T, 2]; NaN where u_1 is undefined.
+        """The way of u_1 in two dimensions, by t-SNE, [T, 2]; NaN where u_1 is undefined, 0 if it
+        never moves.
 
         Args:
             seed: of the embedding.
@@ -73,17 +74,21 @@ class MatrixTrajectory:
         """
         from opd_jax._extras import require
 
-        points, _ = self._principal()  # an isometry: t-SNE sees only distances
-        defined = np.isfinite(points[:, 0])
+        points, variances = self._principal()  # an isometry: t-SNE sees only distances
+        defined = np.isfinite(np.diag(self.cosines))
         count = int(defined.sum())
         if count < 4:
             raise ValueError(f"t-SNE needs at least 4 checkpoints with a direction; there are {count}")
         manifold = require("sklearn.manifold", "analysis")
         perplexity = min(30.0, count / 3) if perplexity is None else perplexity
         flat = np.full((len(points), 2), np.nan)
-        flat[defined] = manifold.TSNE(2, perplexity=perplexity, random_state=seed, init="pca").fit_transform(
-            points[defined].astype(np.float32)
-        )
+        if variances.sum() <= 1e-12:  # scikit-learn would divide by it
+            flat[defined] = 0.0
+            return flat
+        # Exact: for so few points as fast, and without the tree that crashes on what is not finite.
+        found = manifold.TSNE(2, perplexity=perplexity, random_state=seed, init="pca", method="exact")
+        with require("threadpoolctl", "analysis").threadpool_limits(1):  # for so few points, others only wait
+            flat[defined] = found.fit_transform(points[defined].astype(np.float32))
         return flat
 
     def _principal(self) -> tuple[np.ndarray, np.ndarray]:

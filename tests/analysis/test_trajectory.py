@@ -167,7 +167,7 @@ def test_lanczos_counts_only_if_its_values_are_the_known_ones(monkeypatch):
     np.testing.assert_allclose(np.abs(found), np.eye(1040)[:, :4], atol=1e-9)
 
 
-def test_tsne(followed):
+def test_tsne_of_what_does_not_move(followed):
     checkpoints = [(i, {"up": np.diag([1.0, 0.1 * i, 0, 0]).astype(np.float32)}) for i in range(8)]
     way = analysis.trajectory({"up": np.zeros((4, 4), np.float32)}, checkpoints)
     with pytest.raises(ValueError, match="at least 4"):
@@ -178,6 +178,37 @@ def test_tsne(followed):
         with pytest.raises(ImportError, match=r"opd_jax\[analysis\]"):
             way.records[0].tsne()
         return
-    points = way.records[0].tsne()
-    assert points.shape == (8, 2) and np.isfinite(points).all()
-    np.testing.assert_array_equal(points, way.records[0].tsne())
+    np.testing.assert_array_equal(way.records[0].tsne(), np.zeros((8, 2)))
+
+
+def _of_directions(u):
+    """A matrix whose leading directions are the rows of u, of length 1."""
+    none = np.zeros((len(u), 1))
+    return analysis.MatrixTrajectory(
+        "up", 0, "up", "mlp", none[:, 0], none, none, none[:, 0], none[:, 0], np.zeros((1, 1)), u @ u.T
+    )
+
+
+def test_tsne_keeps_neighbours_together():
+    """Two tight groups of directions, far from each other, stay apart; and undefined ones stay undefined."""
+    pytest.importorskip("sklearn")
+    rng = np.random.default_rng(0)
+    groups = np.eye(2, 40).repeat(8, 0) + 0.02 * rng.normal(size=(16, 40))
+    u = groups / np.linalg.norm(groups, axis=1, keepdims=True)
+    u[3] = np.nan
+    way = _of_directions(u)
+    flat = way.tsne()
+    assert flat.shape == (16, 2)
+    np.testing.assert_array_equal(np.isnan(flat[:, 0]), np.arange(16) == 3)
+    kept, group = flat[np.arange(16) != 3], np.delete(np.arange(16) // 8, 3)
+    distances = np.linalg.norm(kept[:, None] - kept[None], axis=-1)
+    np.fill_diagonal(distances, np.inf)
+    np.testing.assert_array_equal(group[distances.argmin(1)], group)  # everybody's nearest is of its group
+    np.testing.assert_array_equal(flat, way.tsne())  # the seed decides
+
+
+def test_tsne_needs_four_directions():
+    with pytest.raises(ValueError, match="at least 4 checkpoints with a direction; there are 3"):
+        _of_directions(np.eye(3, 5)).tsne()
+    with pytest.raises(ValueError, match="there are 0"):
+        _of_directions(np.full((5, 5), np.nan)).tsne()
