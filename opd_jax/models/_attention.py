@@ -162,16 +162,14 @@ def kernel_flops(name: str, operands: list[tuple[int, ...]]) -> float | None:
 
     Args:
         name: of the call in the compiled program.
-        operands: their shapes; the queries [B, N, T, H] are the first with four dimensions.
+        operands: their shapes; the largest, and of those the first, is the queries' [B, N, T, H] or [N, T, H].
 
     Returns:
         None for another kernel.
     """
     products = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
     count = next((n for kind, n in products.items() if name.startswith(kind)), None)
-    query = next((shape for shape in operands if len(shape) == 4), None)
-    if count is None or query is None:
+    if count is None:
         return None
-    batch, heads, length, width = query
-    block = _block(length)
-    return count * 2.0 * batch * heads * width * length * (length + block) / 2
+    *rows, length, width = max(operands, key=math.prod)
+    return count * 2.0 * math.prod(rows) * width * length * (length + _block(length)) / 2

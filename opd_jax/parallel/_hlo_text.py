@@ -58,6 +58,9 @@ class Instruction:
         """How many devices take part in a collective; 0: the text does not say."""
         if found := re.search(r"replica_groups=\[\d+,(\d+)\]", self.rest):
             return int(found[1])
+        if found := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", self.rest):
+            sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
+            return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", found[2]))
         found = re.search(r"replica_groups=\{\{([\d,]+)\}", self.rest)
         return len(found[1].split(",")) if found else 0
 
@@ -98,7 +101,7 @@ def parse(text: str) -> tuple[str, dict[str, Computation]]:
             if found := _HEAD.match(line):
                 current = computations[found[2]] = Computation(found[2])
                 entry = found[2] if found[1] else entry
-        elif line.startswith("}"):
+        elif line.rstrip() == "}":  # a kernel's metadata may have lines that begin with one
             current = None
         elif (instruction := _instruction(line)) is not None:
             current.instructions[instruction.name] = instruction
