@@ -31,6 +31,7 @@ PART_OF = {
     "_objective_checks": "config",
     "_foresight_checks": "config",
     "_analyze_cli": "cli",
+    "_plan_cli": "cli",
 }
 
 # fmt: off

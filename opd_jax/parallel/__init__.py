@@ -1,5 +1,8 @@
 """The device mesh and how parameters and batches are laid out on it."""
 
+from opd_jax.parallel._chips import CHIPS as CHIPS
+from opd_jax.parallel._chips import Chip as Chip
+from opd_jax.parallel._chips import topology as topology
 from opd_jax.parallel._mesh import ROWS as ROWS
 from opd_jax.parallel._mesh import batch_sharding as batch_sharding
 from opd_jax.parallel._mesh import constrain as constrain

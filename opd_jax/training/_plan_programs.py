@@ -30,7 +30,7 @@ class Program(NamedTuple):
         name: prefill, decode, score (one for each model that scores) or update.
         lower: gives the lowered program; that of decode needs prefill's compiled one.
         arguments: its arrays, as shapes.
-        repeats: how often a step runs its cost: for decode, the tokens after the first.
+        repeats: how often its loop runs whose count is not in it: for decode, the tokens after the first.
         useful: FLOPs of all devices together that the mathematics needs, without recomputation.
     """
 
@@ -66,7 +66,9 @@ class Shapes:
 def shapes(config: Config, mesh: Mesh, prompt_tokens: int | None = None) -> Shapes:
     """Reads the models' sizes, no weights, and lays everything out on the mesh."""
     if config.teacher.align:
-        raise ValueError("plan does not know how long a teacher's own tokens are: teacher.align is not planned")
+        raise ValueError(
+            "plan does not know how long a teacher's own tokens are: teacher.align is not planned"
+        )
     longest = prompt_tokens or config.data.max_prompt_length
     student = models.load_config(config.student.path)
     graphdef, params, frozen = _student(config, student, mesh)
@@ -182,8 +184,9 @@ def _rollout(run: Shapes) -> Iterator[Program]:
     useful = _forward(run.student, count, width, logits=1)
     yield Program("prefill", prefill, arguments, 1, useful)
     # On average half of the new tokens are behind a new one.
-    useful = count * _token(run.student, width + slots / 2, logits=True)
-    yield Program("decode", decode, arguments, max(slots - 1, 1), useful)
+    tokens = max(slots - 1, 1)
+    useful = tokens * count * _token(run.student, width + slots / 2, logits=True)
+    yield Program("decode", decode, arguments, tokens, useful)
 
 
 def _student(config: Config, sizes: models.DecoderConfig, mesh: Mesh) -> tuple[Any, Any, Any]:
@@ -243,9 +246,7 @@ def _batch(run: Shapes) -> Batch:
     if config.teacher.cache is not None:
         k = config.teacher.cache_top_k
         cached = _give((B, N, k + 1), jnp.float32, rows)
-        batch = batch._replace(
-            rollout_log_probs=None, support=ints(B, N, k), support_log_probs=cached
-        )
+        batch = batch._replace(rollout_log_probs=None, support=ints(B, N, k), support_log_probs=cached)
     return batch
 
 
@@ -270,7 +271,9 @@ def _lower(function: Any, *arguments: Any, **keywords: Any) -> Any:
     mesh = next(a.sharding.mesh for a in jax.tree.leaves(arguments) if isinstance(a.sharding, NamedSharding))
     target = mesh.devices.flat[0].platform
     with jax.set_mesh(mesh):
-        return function.trace(*arguments, **keywords).lower(lowering_platforms=(_LOWERED.get(target, target),))
+        return function.trace(*arguments, **keywords).lower(
+            lowering_platforms=(_LOWERED.get(target, target),)
+        )
 
 
 def _size(run: Shapes) -> tuple[int, int]:
