@@ -12,18 +12,19 @@ from typing import Any
 from opd_jax._extras import require
 
 _EPILOG = """
-Any key of the config can be given as --dotted.key VALUE, as with `opd-jax train`. A model may be a folder with
-nothing but a config.json: no weights and no data are read.
+Any key of the config can be given as --dotted.key VALUE, as with `opd-jax train`. A model may be a
+folder with nothing but a config.json: no weights and no data are read.
 
-  opd-jax plan configs/qwen3_1.7b_from_8b.yaml --topology v5e:8x8 --student.path configs/models/qwen3_1.7b \\
-      --teacher.path configs/models/qwen3_8b
+  opd-jax plan configs/qwen3_1.7b_from_8b.yaml --topology v5e:8x8 \\
+      --student.path configs/models/qwen3_1.7b --teacher.path configs/models/qwen3_8b
 """
 _LEGEND = """\
-Per device and step. peak: the program's arguments, temporaries and outputs, and the run's other arrays that lie in
-memory meanwhile. FLOPs: of matrix products in the compiled program, recomputation included; useful: those that the
-mathematics needs, divided evenly. moved: bytes to and from memory, by the compiled program's text. Loops count as
-often as they run; decode is the whole of max_new_tokens, as if no completion ended early. at least: the largest of
-the times for compute, memory and links at the chip's published figures; a real run takes longer."""
+Per device and step. peak: the program's arguments, temporaries and outputs, and the run's other arrays that
+lie in memory meanwhile. FLOPs: of matrix products in the compiled program, recomputation included; useful:
+those that the mathematics needs, divided evenly. moved: bytes to and from memory, by the compiled program's
+text. Loops count as often as they run; decode is all of max_new_tokens, as if no completion ended early.
+at least: the largest of the times for compute, memory and links at the chip's published figures; a real run
+takes longer."""
 
 
 def plan(argv: Sequence[str]) -> None:

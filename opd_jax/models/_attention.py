@@ -162,7 +162,7 @@ def kernel_flops(name: str, operands: list[tuple[int, ...]]) -> float | None:
 
     Args:
         name: of the call in the compiled program.
-        operands: their shapes; the largest, and of those the first, is the queries' [B, N, T, H] or [N, T, H].
+        operands: their shapes; the first of the largest is the queries', [B, N, T, H] or [N, T, H].
 
     Returns:
         None for another kernel.

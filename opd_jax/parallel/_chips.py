@@ -1,4 +1,4 @@
-"""Published figures of chips, the topologies they come in, and the bound that they put on a program's time."""
+"""Published figures of chips, their topologies, and the least time that a program takes on them."""
 
 import importlib.util
 import math

@@ -1,6 +1,7 @@
 """What one run of a compiled program costs a device, counted in its text, loops as often as they run.
 
-`compiled.cost_analysis()` counts the body of a loop once, and a model is loops: over layers, micro-batches, chunks.
+`compiled.cost_analysis()` counts the body of a loop once, and a model is loops: over layers,
+micro-batches, chunks.
 """
 
 import re

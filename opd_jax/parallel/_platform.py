@@ -16,7 +16,7 @@ def platform() -> str:
 
 @contextlib.contextmanager
 def compiling_for(name: str) -> Iterator[None]:
-    """Traces as on the platform `name`, for compilation ahead of time; what was traced for it is forgotten after."""
+    """Traces as on the platform `name`, to compile ahead of time; forgets what was traced for it."""
     other = name != platform()
     token = _TARGET.set(name)
     try:

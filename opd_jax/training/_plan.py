@@ -1,4 +1,4 @@
-"""What the programs of a config need of each device, found by compiling them; nothing runs, nothing is loaded."""
+"""What the programs of a config need of each device, found by compiling them; nothing runs or is loaded."""
 
 import dataclasses
 import re
@@ -158,7 +158,7 @@ def search(
     prompt_tokens: int | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[Plan]:
-    """Plans of the splits and micro-batches that divide everything; what fits and has the least bound first."""
+    """Plans of the splits and micro-batches that divide everything; those that fit first, then by bound."""
     plans: list[Plan] = []
     kept: dict[int, dict[str, ProgramPlan]] = {}
     for candidate in candidates(config, len(devices)):
@@ -175,11 +175,15 @@ def search(
 
 
 def candidates(config: Config, count: int) -> Iterator[Config]:
-    """The config with every split of `count` devices over fsdp and tensor, and micro-batches by powers of two."""
+    """The config with every split of `count` devices over fsdp and tensor, and 1, 2, 4, ... micro-batches."""
     sizes = [models.load_config(path) for path in _paths(config)]
     for tensor in (1, 2, 4, 8, 16):
         fsdp, rest = divmod(count, tensor)
-        if rest or any(s.kv_heads % tensor or s.vocab_size % tensor or s.width % fsdp for s in sizes):
+        whole = (
+            (s.kv_heads % tensor, s.vocab_size % tensor, s.ff_width % tensor, s.width % (fsdp or 1))
+            for s in sizes
+        )
+        if rest or any(map(any, whole)):
             continue
         parts = 1
         while config.batch_size % (parts * fsdp) == 0:

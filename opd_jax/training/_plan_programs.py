@@ -19,7 +19,6 @@ from opd_jax.training._scoring import Scorer
 from opd_jax.training._setup import _update
 from opd_jax.training._step import Batch, State
 
-
 _LOWERED = {"gpu": "cuda"}  # names that lowering has for platforms
 
 
