@@ -1,4 +1,4 @@
-"""opd-jax train | cache-teacher | analyze | intervene | evaluate | generate."""
+"""opd-jax train | plan | cache-teacher | analyze | intervene | evaluate | generate."""
 
 import json
 import logging
@@ -15,6 +15,9 @@ _USAGE = """usage: opd-jax COMMAND ...
 
   train CONFIG [--run_dir DIR] [--dotted.key VALUE ...]
                       runs a config (YAML), or goes on with a run that was stopped
+  plan CONFIG --topology v5e:4x4 [--dotted.key VALUE ...]
+                      compiles a config's programs for a TPU slice, or what is here, and runs nothing:
+                      memory, FLOPs, messages, least time
   cache-teacher CONFIG [--dotted.key VALUE ...]
                       lets the teacher of a config score the data's completions once, into teacher.cache
   analyze --base PATH --run NAME=PATH[,PATH ...] --out DIR
@@ -44,6 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     commands = {
         "train": _train,
+        "plan": _plan,
         "cache-teacher": _cache_teacher,
         "analyze": _analyze,
         "intervene": _intervene,
@@ -103,6 +107,12 @@ def _cache_teacher(argv: list[str]) -> None:
 
     folder = training.cache_teacher(config.load(argv[0], argv[1:]))
     print(f"the teacher's opinions are in {folder}; opd-jax train {argv[0]} reads them")
+
+
+def _plan(argv: list[str]) -> None:
+    from opd_jax._plan_cli import plan
+
+    plan(argv)
 
 
 def _analyze(argv: list[str]) -> None:

@@ -33,6 +33,7 @@ PART_OF = {
     "_analyze_cli": "cli",
     "_intervene_cli": "cli",
     "_intervene_score": "cli",
+    "_plan_cli": "cli",
 }
 
 # fmt: off

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
+from opd_jax.parallel import platform
+
 _LANES = 128  # Of a TPU register: the kernel's smallest block.
 
 Implementation = Literal["auto", "xla", "cudnn", "splash"]
@@ -20,10 +22,10 @@ def check_implementation(implementation: str) -> None:
             f"attention is {implementation!r}; it must be one of {', '.join(get_args(Implementation))}"
         )
     needs = {"cudnn": "gpu", "splash": "tpu"}.get(implementation)
-    if needs and jax.default_backend() != needs:
+    if needs and platform() != needs:
         raise ValueError(
             f"attention={implementation!r} needs a {needs.upper()}, but the default backend is"
-            f" {jax.default_backend()!r}; use attention='auto' or 'xla'"
+            f" {platform()!r}; use attention='auto' or 'xla'"
         )
 
 
@@ -66,7 +68,7 @@ def attend(
 
 def _prefers_cudnn(query: Array) -> bool:
     """On an NVIDIA GPU, for the dtypes and head widths that cuDNN's kernel has."""
-    if jax.default_backend() != "gpu" or "nvidia" not in jax.devices()[0].device_kind.lower():
+    if platform() != "gpu" or "nvidia" not in jax.devices()[0].device_kind.lower():
         return False
     return query.dtype in (jnp.bfloat16, jnp.float16) and query.shape[3] <= 128 and query.shape[3] % 8 == 0
 
@@ -76,7 +78,7 @@ def _prefers_splash(query: Array) -> bool:
 
     A kernel cannot be partitioned by XLA: the mesh must be known to map it by hand.
     """
-    if jax.default_backend() != "tpu" or query.shape[1] % _LANES or query.shape[3] % 64:
+    if platform() != "tpu" or query.shape[1] % _LANES or query.shape[3] % 64:
         return False
     return jax.device_count() == 1 or not jax.sharding.get_abstract_mesh().empty
 
@@ -107,12 +109,16 @@ def _splash(query: Array, key: Array, value: Array, mask: Array | None) -> Array
     return mapped(query, key, value, mask)
 
 
+def _block(length: int) -> int:
+    return next(size for size in (512, 256, _LANES) if length % size == 0)
+
+
 def _splash_local(query: Array, key: Array, value: Array, mask: Array, *, interpret: bool = False) -> Array:
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     _, length, heads, width = query.shape
-    block = next(size for size in (512, 256, _LANES) if length % size == 0)
+    block = _block(length)
     sizes = kernels.BlockSizes(
         block_q=block,
         block_kv=block,
@@ -149,3 +155,21 @@ def cache_mask(length: Array, new: int, slots: int, valid: Array | None, batch: 
     visible = jnp.arange(slots)[None, :] <= last
     visible = jnp.broadcast_to(visible, (batch, new, slots))
     return visible if valid is None else visible & valid[:, None, :].astype(bool)
+
+
+def kernel_flops(name: str, operands: list[tuple[int, ...]]) -> float | None:
+    """FLOPs of a call of the TPU kernel, for plans: it visits the blocks on and below the diagonal.
+
+    Args:
+        name: of the call in the compiled program.
+        operands: their shapes; the first of the largest is the queries', [B, N, T, H] or [N, T, H].
+
+    Returns:
+        None for another kernel.
+    """
+    products = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
+    count = next((n for kind, n in products.items() if name.startswith(kind)), None)
+    if count is None:
+        return None
+    *rows, length, width = max(operands, key=math.prod)
+    return count * 2.0 * math.prod(rows) * width * length * (length + _block(length)) / 2

@@ -11,7 +11,7 @@ from opd_jax.models._attention import Implementation, attend, cache_mask, check_
 from opd_jax.models._config import DecoderConfig
 from opd_jax.models._layers import MLP, Linear, RMSNorm, lookup, project
 from opd_jax.models._rope import apply_rope, rope_frequencies, rope_tables
-from opd_jax.parallel import ROWS, constrain
+from opd_jax.parallel import ROWS, constrain, platform
 
 
 class KVCache(NamedTuple):
@@ -224,7 +224,7 @@ class Decoder(nnx.Module):
         """
         c = self.config
         shape = (c.layers, batch, slots, c.kv_heads, c.head_width)
-        default = jnp.float32 if jax.default_backend() == "cpu" else self.embedding.dtype
+        default = jnp.float32 if platform() == "cpu" else self.embedding.dtype
         dtype = dtype or default
         return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((), jnp.int32))
 

@@ -4,6 +4,8 @@ from opd_jax.training._cache_teacher import cache_teacher
 from opd_jax.training._errors import Interrupted, TrainingError
 from opd_jax.training._loop import train
 from opd_jax.training._objectives import Objective, Tokens
+from opd_jax.training._plan import Plan, ProgramPlan, plan
+from opd_jax.training._plan import search as search_plans
 from opd_jax.training._result import Result
 from opd_jax.training._step import Batch, State, make_score, make_update
 
@@ -11,6 +13,8 @@ __all__ = [
     "Batch",
     "Interrupted",
     "Objective",
+    "Plan",
+    "ProgramPlan",
     "Result",
     "State",
     "Tokens",
@@ -18,5 +22,7 @@ __all__ = [
     "cache_teacher",
     "make_score",
     "make_update",
+    "plan",
+    "search_plans",
     "train",
 ]

@@ -15,6 +15,7 @@ import optax
 from flax import nnx
 
 from opd_jax.models._protocol import LanguageModel, hidden_states, unembed
+from opd_jax.parallel import platform
 from opd_jax.training._objectives import Completions, Objective, Tokens, statistics
 from opd_jax.transforms._matrices import path_name
 
@@ -83,7 +84,7 @@ def completion_states(
     """Hidden states that predict the completion's tokens, [B, N, D] (logits if the model has no others)."""
     slots, count = prompts.shape[1], completions.shape[1]
     width = slots + count
-    if jax.default_backend() == "tpu":  # whole blocks of the attention kernel
+    if platform() == "tpu":  # whole blocks of the attention kernel
         width = -(-width // 128) * 128
     place = jnp.arange(width)[None]
     lengths = lengths[:, None]

@@ -1,0 +1,293 @@
+"""What the programs of a config need of each device, found by compiling them; nothing runs or is loaded."""
+
+import dataclasses
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+
+from opd_jax import models, parallel
+from opd_jax.config import Config, MeshConfig
+from opd_jax.models._attention import kernel_flops
+from opd_jax.parallel import make_mesh
+from opd_jax.parallel._chips import Chip, bound, chip_of, nearest
+from opd_jax.parallel._cost import Cost, cost
+from opd_jax.training import _plan_advice
+from opd_jax.training._plan_programs import Program, Shapes, programs, shapes
+from opd_jax.training._setup import _check_rows
+
+_GIB = 2.0**30
+
+
+@dataclasses.dataclass
+class ProgramPlan:
+    """One program on one device; bytes and FLOPs of one step.
+
+    Attributes:
+        name: see `Program`.
+        compile_seconds: how long XLA took.
+        arguments, temporaries, outputs: bytes; outputs that reuse arguments' memory do not count.
+        others: bytes of the run's arrays that lie there meanwhile and are no arguments.
+        peak: all of these together; None if XLA refused the program.
+        needs: bytes that XLA says the program would need, where it refused.
+        limit: bytes that the chip has for programs, or None.
+        fits: whether peak is below; None: not known.
+        flops: of matrix products, recomputation included.
+        useful: FLOPs that the mathematics needs, divided evenly.
+        bytes: moved from and to the main memory.
+        collectives: kind: [how often, bytes sent].
+        intensity: flops / bytes.
+        seconds: least time for compute, memory and links.
+        bound: the largest of them; None where no figures of the chip are known.
+        bottleneck: its name.
+        unknown: kernels whose FLOPs are not counted.
+        advice: what would help.
+    """
+
+    name: str
+    compile_seconds: float = 0.0
+    arguments: int = 0
+    temporaries: int = 0
+    outputs: int = 0
+    others: int = 0
+    peak: int | None = None
+    needs: float | None = None
+    limit: float | None = None
+    fits: bool | None = None
+    flops: float = 0.0
+    useful: float = 0.0
+    bytes: float = 0.0
+    collectives: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    intensity: float = 0.0
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    bound: float | None = None
+    bottleneck: str = ""
+    unknown: list[str] = dataclasses.field(default_factory=list)
+    advice: str = ""
+
+
+@dataclasses.dataclass
+class Plan:
+    """A config on a mesh.
+
+    Attributes:
+        devices: how many.
+        kind: what JAX calls them.
+        chip: their published figures, or None.
+        mesh: sizes of the axes.
+        batch_size, micro_batches: rows.
+        prompt_width: tokens that prompts are padded to.
+        programs: in the order of a step.
+    """
+
+    devices: int
+    kind: str
+    chip: Chip | None
+    mesh: dict[str, int]
+    batch_size: int
+    micro_batches: int
+    prompt_width: int
+    programs: list[ProgramPlan]
+
+    @property
+    def fits(self) -> bool | None:
+        """None where a program's peak has no limit to be compared with."""
+        known = [each.fits for each in self.programs]
+        return None if None in known else all(known)
+
+    @property
+    def bound(self) -> float | None:
+        """Least seconds of a step; None where one is not known."""
+        known = [each.bound for each in self.programs]
+        return None if None in known else sum(known)
+
+
+def plan(
+    config: Config,
+    devices: Sequence[Any],
+    *,
+    prompt_tokens: int | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+    keep: dict[str, ProgramPlan] | None = None,
+) -> Plan:
+    """Compiles the programs of a config for devices that need not be there.
+
+    Args:
+        config: of a run; weights and data are not read.
+        devices: of `parallel.topology`, or `jax.devices()`.
+        prompt_tokens: of the longest prompt; None: data.max_prompt_length.
+        progress: is told which program compiles.
+        keep: plans of programs that need not be compiled again, by name.
+
+    Raises:
+        ValueError: if mesh, batch and models do not fit together.
+    """
+    config.validate()
+    device = devices[0]
+    mesh = _mesh(config.mesh, devices)
+    _check(config, mesh)
+    chip = chip_of(device)
+    found: list[ProgramPlan] = []
+    with parallel.compiling_for(device.platform):
+        run = shapes(config, mesh, prompt_tokens)
+        compiled = None
+        for program in programs(run):
+            if keep and program.name in keep:
+                found.append(keep[program.name])
+                continue
+            if program.name == "decode" and found and found[-1].needs is not None:
+                found.append(_refused(ProgramPlan("decode", needs=found[-1].needs), run, chip))
+                continue
+            progress(f"compiling {program.name} for {len(devices)} x {device.device_kind}")
+            one, compiled = _compile(program, run, chip, compiled)
+            found.append(one)
+    for one in found:
+        one.advice = _plan_advice.advice(one, run)
+    return Plan(
+        len(devices), device.device_kind, chip, dict(mesh.shape),
+        config.batch_size, config.micro_batches, run.prompt_width, found,
+    )  # fmt: skip
+
+
+def search(
+    config: Config,
+    devices: Sequence[Any],
+    *,
+    prompt_tokens: int | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+) -> list[Plan]:
+    """Plans of the splits and micro-batches that divide everything; those that fit first, then by bound."""
+    plans: list[Plan] = []
+    kept: dict[int, dict[str, ProgramPlan]] = {}
+    for candidate in candidates(config, len(devices)):
+        tensor, parts = candidate.mesh.tensor, candidate.micro_batches
+        progress(f"mesh.fsdp {candidate.mesh.fsdp} x mesh.tensor {tensor}, micro_batches {parts}")
+        keywords = dict(prompt_tokens=prompt_tokens, progress=progress, keep=kept.get(tensor))
+        plans.append(plan(candidate, devices, **keywords))
+        kept[tensor] = {p.name: p for p in plans[-1].programs if p.name in ("prefill", "decode")}
+    if not plans:
+        raise ValueError(
+            f"no split of {len(devices)} devices divides the models and batch_size {config.batch_size}"
+        )
+    return sorted(plans, key=lambda p: (p.fits is False, p.bound if p.bound is not None else float("inf")))
+
+
+def candidates(config: Config, count: int) -> Iterator[Config]:
+    """The config with every split of `count` devices over fsdp and tensor, and 1, 2, 4, ... micro-batches."""
+    sizes = [models.load_config(path) for path in _paths(config)]
+    for tensor in (1, 2, 4, 8, 16):
+        fsdp, rest = divmod(count, tensor)
+        whole = (
+            (s.kv_heads % tensor, s.vocab_size % tensor, s.ff_width % tensor, s.width % (fsdp or 1))
+            for s in sizes
+        )
+        if rest or any(map(any, whole)):
+            continue
+        parts = 1
+        while config.batch_size % (parts * fsdp) == 0:
+            yield dataclasses.replace(
+                config, mesh=MeshConfig(data=1, fsdp=fsdp, tensor=tensor), micro_batches=parts
+            )
+            parts *= 2
+
+
+def _compile(program: Program, run: Shapes, chip: Chip | None, before: Any) -> tuple[ProgramPlan, Any]:
+    one = ProgramPlan(program.name, useful=program.useful / run.mesh.size)
+    arguments = {id(leaf) for leaf in jax.tree.leaves(program.arguments)}
+    one.others = sum(_shard_bytes(leaf) for leaf in run.resident if id(leaf) not in arguments)
+    start = time.perf_counter()
+    try:
+        compiled = program.lower(before).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        one.compile_seconds = time.perf_counter() - start
+        one.needs = _needed(str(error))
+        return _refused(one, run, chip), before
+    one.compile_seconds = time.perf_counter() - start
+    memory = compiled.memory_analysis()
+    one.arguments, one.temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    one.outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    one.peak = one.arguments + one.temporaries + one.outputs + one.others
+    one.limit = chip.usable * _GIB if chip else None
+    one.fits = one.peak <= one.limit if one.limit else None
+    counted = cost(compiled.as_text(), kernels=_kernels, loops=program.repeats)
+    _price(one, counted, chip)
+    return one, compiled
+
+
+def _price(one: ProgramPlan, counted: Cost, chip: Chip | None) -> None:
+    one.flops, one.bytes, one.collectives = counted.flops, counted.bytes, counted.collectives
+    one.unknown = sorted(counted.unknown)
+    one.intensity = counted.flops / counted.bytes if counted.bytes else 0.0
+    if chip is not None:
+        one.seconds = bound(chip, counted.flops, counted.bytes, counted.sent)
+        one.bottleneck = max(one.seconds, key=one.seconds.get)
+        one.bound = one.seconds[one.bottleneck]
+
+
+def _refused(one: ProgramPlan, run: Shapes, chip: Chip | None) -> ProgramPlan:
+    one.limit, one.fits = chip.usable * _GIB if chip else None, False
+    return one
+
+
+def _needed(message: str) -> float:
+    """Bytes that XLA wanted, by its message."""
+    found = re.search(r"temporaries \(([\d.]+)([KMGT])\)|[Uu]sed ([\d.]+)([KMGT]) of", message)
+    if found is None:
+        return float("nan")
+    size, unit = (found[1], found[2]) if found[1] else (found[3], found[4])
+    return float(size) * 1024.0 ** (1 + "KMGT".index(unit))
+
+
+def _kernels(name: str, operands: list) -> float | None:
+    return kernel_flops(name, [shape.dims for shape in operands])
+
+
+def _shard_bytes(leaf: Any) -> int:
+    size = leaf.dtype.itemsize
+    for each in leaf.sharding.shard_shape(leaf.shape):
+        size *= each
+    return size
+
+
+def _mesh(asked: MeshConfig, devices: Sequence[Any]) -> Any:
+    sizes = dataclasses.asdict(asked)
+    try:
+        return make_mesh(**sizes, devices=devices)
+    except ValueError as error:
+        count = len(devices)
+        offers = [
+            f"--mesh.{name} {nearest(count, size)}"
+            for name, size in sizes.items()
+            if size > 0 and count % size
+        ]
+        offers = offers or ["--mesh.fsdp -1"]
+        raise ValueError(f"{error}; the nearest that works: {', '.join(offers)}") from None
+
+
+def _paths(config: Config) -> list[str]:
+    paths = [config.student.path, *(teacher.path for teacher in config.all_teachers.values())]
+    return [*paths, config.reference.path] if config.reference.path else paths
+
+
+def _check(config: Config, mesh: Any) -> None:
+    """Raises ValueError if an axis does not divide what it splits."""
+    tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
+    for path in _paths(config):
+        sizes = models.load_config(path)
+        split = (
+            ("tensor", tensor, "attention heads", sizes.heads),
+            ("tensor", tensor, "tokens of the vocabulary", sizes.vocab_size),
+            ("tensor", tensor, "columns of the MLP", sizes.ff_width),
+            ("fsdp", fsdp, "columns of the width", sizes.width),
+        )
+        for axis, count, what, size in split:
+            if size % count:
+                raise ValueError(
+                    f"mesh.{axis} is {count}, which does not divide the {size} {what} of {path}; "
+                    f"the nearest that does is {nearest(size, count)}"
+                )
+    _check_rows("batch_size / micro_batches", config.batch_size // config.micro_batches, mesh)

@@ -1,0 +1,74 @@
+"""What to change where a program of a plan does not fit, or waits for something else than its products."""
+
+from typing import Any
+
+from opd_jax.training._plan_programs import Shapes
+
+_GIB = 2.0**30
+
+
+def advice(one: Any, run: Shapes) -> str:
+    """A sentence about a `ProgramPlan`, or nothing."""
+    rollout = one.name in ("prefill", "decode")
+    if one.fits is False:
+        return _smaller_rollout(one, run) if rollout else _smaller_training(run)
+    if one.bottleneck == "links":
+        return _fewer_messages(one, run)
+    if one.bottleneck == "memory" and one.name == "decode":
+        return "each token reads all weights and the cache: more rows a device share the weights' reading"
+    return ""
+
+
+def cache_bytes(run: Shapes) -> float:
+    """Of the keys and values of all rollouts, a device's share."""
+    sizes, config = run.student, run.config
+    width = 4 if config.student.dtype == "float32" else 2
+    token = 2 * sizes.layers * sizes.kv_heads * sizes.head_width * width
+    tensor = run.mesh.shape["tensor"] if sizes.kv_heads % run.mesh.shape["tensor"] == 0 else 1
+    rows = config.batch_size / (run.mesh.shape["data"] * run.mesh.shape["fsdp"])
+    return rows * (run.prompt_width + config.max_new_tokens) * token / tensor
+
+
+def _smaller_rollout(one: Any, run: Shapes) -> str:
+    cache, rows = cache_bytes(run), run.mesh.shape["data"] * run.mesh.shape["fsdp"]
+    each = run.config.batch_size // rows
+    text = f"the cache of {each} rows a device is {cache / _GIB:.1f} GiB"
+    if one.limit is None:
+        return text
+    room = max(one.limit - one.others, 0) / 2  # about as much again for temporaries
+    fewer = min(int(each * room / cache), each - 1) if cache else 0
+    if fewer < 1:
+        return f"{text}: more chips, fewer max_new_tokens, or a larger mesh.tensor"
+    return f"{text}: sample fewer at once (batch_size {fewer * rows} may fit), or use more chips"
+
+
+def _smaller_training(run: Shapes) -> str:
+    config, mesh = run.config, run.mesh
+    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    if not config.student.remat:
+        return "student.remat true recomputes layers instead of storing them"
+    if config.batch_size // config.micro_batches > rows:
+        return f"micro_batches {2 * config.micro_batches}: fewer rows at a time"
+    tensor = mesh.shape["tensor"]
+    if run.student.kv_heads % (2 * tensor) == 0 and mesh.shape["fsdp"] % 2 == 0:
+        fewer = mesh.shape["fsdp"] // 2
+        return f"mesh.fsdp {fewer} x mesh.tensor {2 * tensor} splits each row's activations; or more chips"
+    return "more chips, or fewer max_new_tokens"
+
+
+def _fewer_messages(one: Any, run: Shapes) -> str:
+    config = run.config
+    tokens = config.batch_size // config.micro_batches * config.max_new_tokens
+    if one.name == "update" and 2 * config.loss_chunk <= tokens:
+        chunks = -(-tokens // config.loss_chunk)
+        return (
+            f"each of the {chunks} chunks of a micro-batch's loss gathers the unembedding matrices: a larger "
+            f"loss_chunk (it is {config.loss_chunk} tokens over all devices) sends less"
+        )
+    if one.name == "decode":
+        return (
+            "every token gathers the weights: a larger mesh.tensor and smaller mesh.fsdp keep them in place"
+        )
+    if run.mesh.shape["tensor"] > 1:
+        return "a smaller mesh.tensor sends fewer activations"
+    return "fewer micro_batches gather the weights less often" if config.micro_batches > 1 else ""

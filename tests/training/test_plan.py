@@ -1,0 +1,159 @@
+"""Plans: of the demo on virtual devices, of a tiny run on a TPU slice, and what is refused."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from opd_jax import cli, config, models, training
+from opd_jax.config import MeshConfig
+from opd_jax.training import _plan
+from opd_jax.training._plan_programs import _forward
+
+ROOT = Path(__file__).parents[2]
+DEMO = str(ROOT / "configs" / "demo.yaml")
+ALIGN = ["--teacher.align", "true", "--loss", "sampled_reverse_kl", "--evaluation.teacher", "false"]
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture(scope="module")
+def demo():
+    os.chdir(ROOT)
+    said = []
+    found = training.plan(config.load(DEMO), jax.devices()[:8], progress=said.append)
+    return found, said
+
+
+def test_the_demo_on_eight_devices(demo):
+    found, said = demo
+    assert [each.name for each in found.programs] == ["prefill", "decode", "score", "update"]
+    assert len(said) == 4 and "compiling update for 8 x cpu" in said
+    assert found.mesh == dict(data=1, fsdp=8, tensor=1) and found.prompt_width == 16
+    assert found.chip is None and found.fits is None and found.bound is None
+    for each in found.programs:
+        assert each.peak == each.arguments + each.temporaries + each.outputs + each.others > 0
+        assert each.collectives and each.intensity == each.flops / each.bytes
+
+
+def test_flops_are_those_of_the_mathematics(demo):
+    """All are counted, and little is done twice: the score pass is weights, attention and one-hot lookup."""
+    score = next(each for each in demo[0].programs if each.name == "score")
+    assert 0.95 < score.flops / score.useful < 1.6
+
+
+def test_forward_flops_are_two_a_weight():
+    sizes = models.load_config("configs/models/qwen3_8b")
+    weights = 8.19e9 - 2 * 151936 * 4096  # the published number, less embedding and head
+    assert _forward(sizes, 1, 1, logits=0) == pytest.approx(2 * weights, rel=0.001)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--mesh.tensor", "3"], "8 devices cannot be divided by the 3.*nearest that works: --mesh.tensor 2"),
+        (["--mesh.fsdp", "2"], "needs 2 devices, but there are 8; the nearest that works: --mesh.fsdp -1"),
+        (["--batch_size", "12"], "12: so many rows do not spread evenly .* make it a multiple of 8"),
+        (ALIGN, r"teacher\.align is not planned"),
+    ],
+)
+def test_what_does_not_fit_together(words, message):
+    with pytest.raises(ValueError, match=message):
+        training.plan(config.load(DEMO, words), jax.devices()[:8])
+
+
+def test_an_axis_that_does_not_divide(tmp_path):
+    sizes = json.loads(Path("configs/models/qwen3_1.7b/config.json").read_text()) | dict(
+        num_attention_heads=6
+    )
+    sizes |= dict(num_key_value_heads=2)
+    (tmp_path / "config.json").write_text(json.dumps(sizes))
+    odd = config.load(DEMO, ["--student.path", str(tmp_path), "--mesh.tensor", "4"])
+    with pytest.raises(ValueError, match=r"mesh\.tensor is 4, .* the 6 attention heads .* that does is 3"):
+        training.plan(odd, jax.devices()[:8])
+
+
+def test_candidates_divide_everything():
+    qwen = ["--student.path", "configs/models/qwen3_1.7b", "--teacher.path", "configs/models/qwen3_8b"]
+    settings = config.load("configs/qwen3_1.7b_from_8b.yaml", qwen)
+    found = list(_plan.candidates(settings, 64))
+    assert {each.mesh.tensor for each in found} == {1, 2, 4, 8}
+    assert {each.micro_batches for each in found if each.mesh.tensor == 1} == {1, 2, 4, 8, 16}
+    assert MeshConfig(data=1, fsdp=16, tensor=4) in [each.mesh for each in found]
+
+
+def test_search_ranks(monkeypatch):
+    def fake(settings, devices, **_):
+        bound = {1: 3.0, 2: 2.0}.get(settings.mesh.tensor, 1.0) + settings.micro_batches / 100
+        one = training.ProgramPlan("update", fits=settings.mesh.tensor < 4, bound=bound)
+        mesh = dataclasses.asdict(settings.mesh)
+        return training.Plan(8, "x", None, mesh, 64, settings.micro_batches, 16, [one])
+
+    monkeypatch.setattr(_plan, "plan", fake)
+    demo = config.load(DEMO)
+    demo = dataclasses.replace(
+        demo, student=dataclasses.replace(demo.student, path="configs/models/qwen3_8b")
+    )
+    demo = dataclasses.replace(
+        demo, teacher=dataclasses.replace(demo.teacher, path="configs/models/qwen3_8b")
+    )
+    found = _plan.search(demo, [None] * 8)
+    assert (found[0].mesh["tensor"], found[0].micro_batches) == (2, 1)
+    assert found[-1].fits is False
+
+
+def test_what_xla_says_of_memory():
+    text = "the total memory required for HLO temporaries (32.50G) exceeds available HBM (15.75G)"
+    assert _plan._needed(text) == 32.5 * 2**30
+    assert _plan._needed("Used 512.00M of 15.75G hbm") == 2**29
+
+
+def test_the_command(capsys):
+    assert cli.main(["plan", DEMO]) == 1
+    assert "--topology v5e:4x4, or --devices N" in capsys.readouterr().err
+    assert cli.main(["plan", DEMO, "--topology", "v5p-64"]) == 1
+    assert "no topology 'v5p-64'" in capsys.readouterr().err
+    assert cli.main(["plan", DEMO, "--devices", "9"]) == 1
+    assert "--devices is 9, but there are 8" in capsys.readouterr().err
+
+
+@pytest.mark.tpu
+def test_a_plan_for_a_tpu_slice(tmp_path):
+    """In its own process: libtpu reads the environment when it is loaded."""
+    pytest.importorskip("libtpu")
+    sizes = json.loads(Path("configs/models/qwen3_1.7b/config.json").read_text())
+    sizes |= dict(vocab_size=1024, hidden_size=256, num_hidden_layers=2, intermediate_size=512)
+    sizes |= dict(num_attention_heads=4, num_key_value_heads=2)
+    for name in ("student", "teacher"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(sizes))
+    words = ["--student.path", str(tmp_path / "student"), "--teacher.path", str(tmp_path / "teacher")]
+    words += [
+        "--batch_size",
+        "8",
+        "--max_new_tokens",
+        "112",
+        "--mesh.tensor",
+        "2",
+        "--evaluation.prompts",
+        "0",
+    ]
+    command = [sys.executable, "-m", "opd_jax.cli", "plan", DEMO, "--topology", "v5e:2x4", "--json", *words]
+    path = os.pathsep.join([str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
+    environment = os.environ | dict(JAX_PLATFORMS="cpu", PYTHONPATH=path)
+    done = subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE)
+    found = json.loads(done.stdout)
+    assert found["kind"] == "TPU v5 lite" and found["fits"] is True and found["bound"] > 0
+    assert [each["name"] for each in found["programs"]] == ["prefill", "decode", "score", "update"]
+    for each in found["programs"]:
+        assert each["unknown"] == [] and each["bottleneck"] in ("compute", "memory", "links")
+    score = found["programs"][2]
+    assert 1 < score["flops"] / score["useful"] < 1.6  # the kernel visits whole blocks
