@@ -53,6 +53,7 @@ def sampling():
     return scores.Sampling(prompts, models.stop_token_ids(DEMO / "base", tokenizer), 32, 1.0, 5)
 
 
+@pytest.mark.slow
 def test_accuracy_is_that_of_the_saved_folder(tmp_path, capsys):
     alpha = ["--experiments", "scale", "--alphas", "0.5", "--repeats", "2", "--seed", "3"]
     run(tmp_path, *alpha, "--save", "scale/alpha=0.5")
@@ -187,6 +188,7 @@ def test_norms_start_from_a_training_step(tmp_path):
         np.testing.assert_allclose(end[name], goal[name], atol=1e-6)  # all of it is on one line
 
 
+@pytest.mark.slow
 def test_an_adapter_is_merged(tmp_path):
     base = make_folder(tmp_path / "base", 0)
     model = models.add_lora(models.load(base), rank=2, alpha=4, targets=("q", "up"), key=jax.random.key(0))

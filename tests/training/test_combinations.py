@@ -91,6 +91,7 @@ OBJECTIVES = {
 }
 
 
+@pytest.mark.slow
 def test_no_split_changes_what_needs_whole_completions(student, teacher, batch):
     """Sequence weights, discounted sums, supports, temperature: in one part, and in two of uneven chunks."""
     terms = tuple(make_objective(c)[0]._replace(name=name) for name, c in OBJECTIVES.items())

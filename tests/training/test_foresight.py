@@ -33,6 +33,7 @@ def kernels(weights):
     return {f"layers.{ours}.kernel": [w for n, w in weights.items() if hf in n] for hf, ours in names.items()}
 
 
+@pytest.mark.slow
 def test_the_tracked_subspace_is_that_of_the_displacement(make, folders):
     """Against the SVD of the difference of the two saved models."""
     settings = make(foresight=foresight(track=dict(rank=4, every=1, of="displacement")), steps=6)

@@ -25,6 +25,8 @@ from opd_jax.training import _checkpoint, _loop, _setup
 from opd_jax.training._objectives import Term
 from tests.training.runs import assert_same, read_metrics, read_weights
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.mark.parametrize("loss", ["reverse_kl", "sampled_reverse_kl"])
 def test_distillation_lowers_the_divergence_and_writes_everything(make, loss):
@@ -236,6 +238,7 @@ def step_on_one_device(folders, tmp_path_factory):
     return {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("data", "fsdp", "tensor"), [(1, 2, 1), (2, 1, 2), (2, 2, 2)])
 def test_the_mesh_does_not_change_the_result(
     make, one_device, step_on_one_device, capsys, data, fsdp, tensor
@@ -363,6 +366,7 @@ def test_prompts_that_do_not_fit_are_counted(make, capsys):
         training.train(make("other", data__max_prompt_length=9, data__too_long="error"))
 
 
+@pytest.mark.slow
 def test_the_command_line_trains_stops_and_goes_on(make, tmp_path):
     """A real process, a real SIGINT."""
     settings = make(steps=400, logging__every=1)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 import pytest
+import yaml
 
 from opd_jax import cli, config, models, training
 from opd_jax.config import MeshConfig
@@ -135,18 +136,11 @@ def test_a_plan_for_a_tpu_slice(tmp_path):
     for name in ("student", "teacher"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(sizes))
-    words = ["--student.path", str(tmp_path / "student"), "--teacher.path", str(tmp_path / "teacher")]
-    words += [
-        "--batch_size",
-        "8",
-        "--max_new_tokens",
-        "112",
-        "--mesh.tensor",
-        "2",
-        "--evaluation.prompts",
-        "0",
-    ]
-    command = [sys.executable, "-m", "opd_jax.cli", "plan", DEMO, "--topology", "v5e:2x4", "--json", *words]
+    config = dict(student={"path": str(tmp_path / "student")}, teacher={"path": str(tmp_path / "teacher")})
+    config |= dict(data={"source": "arithmetic"}, batch_size=8, max_new_tokens=112, mesh={"tensor": 2})
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    command = [sys.executable, "-m", "opd_jax.cli", "plan", str(tmp_path / "run.yaml")]
+    command += ["--topology", "v5e:2x4", "--json", "--prompt-tokens", "16"]
     path = os.pathsep.join([str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
     environment = os.environ | dict(JAX_PLATFORMS="cpu", PYTHONPATH=path)
     done = subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE)

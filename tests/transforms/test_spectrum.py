@@ -214,6 +214,7 @@ def test_factored():
     assert np.all(spectrum.factored(0 * a, b).singular_values == 0)
 
 
+@pytest.mark.slow
 def test_estimated_effective_rank():
     """Within 5%, with and without directions that are known; one program for all."""
     rng, size = np.random.default_rng(7), 256
