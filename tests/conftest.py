@@ -28,6 +28,12 @@ jax.config.update("jax_compilation_cache_dir", os.environ["OPD_JAX_TEST_CACHE"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
+
+def pytest_collection_modifyitems(items) -> None:
+    """What takes long comes first, so that no worker is left alone with it at the end."""
+    items.sort(key=lambda item: not any(map(item.get_closest_marker, ("network", "tpu", "slow"))))
+
+
 _COMPILED: list[str] = []
 
 

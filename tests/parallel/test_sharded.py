@@ -31,6 +31,7 @@ def mesh():
     return parallel.make_mesh(2, -1, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.bfloat16, 0.03)])
 def test_a_sharded_model_is_the_model(mesh, dtype, tolerance, tmp_path):
     assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}

@@ -274,11 +274,11 @@ def test_the_mesh_does_not_change_the_result(
 
 def test_supervised_training_learns_its_demonstrations(make):
     settings = make(
-        objective="sft", teacher=configs.TeacherConfig(), steps=100, max_new_tokens=40, batch_size=32
+        objective="sft", teacher=configs.TeacherConfig(), steps=200, max_new_tokens=40, batch_size=32
     )
     training.train(settings)
     losses = [line["loss"] for line in read_metrics(settings.run_dir)]
-    assert losses[-1] < 0.6 * np.log(19)  # 19 tokens, all equally likely: no skill at all
+    assert np.mean(losses[-10:]) < 0.6 * np.log(19)  # 19 tokens, all equally likely: no skill at all
 
 
 def test_grpo_raises_the_reward(make, monkeypatch):

@@ -17,7 +17,7 @@ from tests.training.runs import assert_same, read_metrics, read_weights
 
 NO_TEACHER = configs.TeacherConfig()
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,6 @@ def test_dynamic_sampling_refills_with_informative_groups(make, monkeypatch):
     assert np.asarray(batch.completions).shape == (8, 8)
 
 
-@pytest.mark.slow
 def test_a_teacher_with_another_tokenizer(make, demo, tmp_path):
     """With the same tokens it is plain distillation; so it is with other ids for the same characters."""
     sizes = dict(loss="sampled_reverse_kl", steps=2, batch_size=16, max_new_tokens=32)
@@ -145,7 +144,6 @@ def permuted(source: Path, target: Path) -> Path:
     return target
 
 
-@pytest.mark.slow
 def test_adapters(make, folders):
     """Only what is adapted changes; the folder is a whole model."""
     lora = configs.LoraConfig(rank=2, alpha=4.0, targets=("q", "down"))
@@ -166,7 +164,6 @@ def test_adapters(make, folders):
     np.testing.assert_allclose(loaded.logits(tokens), whole.logits(tokens), atol=1e-4)
 
 
-@pytest.mark.slow
 def test_a_cached_teacher(make, demo, tmp_path):
     """What is cached and what a teacher in memory says give the same loss; other data is refused."""
     sizes = dict(loss="forward_kl", lmbda=0.0, steps=2, batch_size=16, max_new_tokens=32)
