@@ -143,8 +143,6 @@ def test_a_plan_for_a_tpu_slice(tmp_path):
         "112",
         "--mesh.tensor",
         "2",
-        "--evaluation.prompts",
-        "0",
     ]
     command = [sys.executable, "-m", "opd_jax.cli", "plan", DEMO, "--topology", "v5e:2x4", "--json", *words]
     path = os.pathsep.join([str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
