@@ -142,7 +142,7 @@ def _table(console: Any, one: Any) -> None:
         refused = each.peak is None
         numbers = [_gib(each.arguments), _gib(each.temporaries), _gib(each.peak)]
         if refused:
-            numbers = ["", "", f"> {_gib(each.needs)}"]
+            numbers = ["", "", "not compiled" if each.needs is None else f"> {_gib(each.needs)}"]
         limit = "" if each.limit is None else _gib(each.limit)
         row = [each.name, *numbers, limit, _fits(each.fits)]
         if not refused:

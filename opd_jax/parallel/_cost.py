@@ -83,7 +83,7 @@ class _Counter:
         if one.op in _FREE or one.op.endswith("-done"):
             return Cost()
         if one.op == "while":
-            total, times = Cost(), self._trips(one)
+            total, times = Cost(), self._trips(own, one)
             for part in ("condition", "body"):
                 total.add(self.computation(one.called(part)), times)
             return total
@@ -123,17 +123,27 @@ class _Counter:
                 total.unknown.add(re.sub(r"\.\d+$", "", one.name))
             total.flops += flops or 0.0
 
-    def _trips(self, one: Instruction) -> float:
+    def _trips(self, own: Computation, one: Instruction) -> float:
+        """How often a loop runs: what XLA says, or (limit - start) / step of its counter, or `loops`."""
         if found := re.search(r'known_trip_count":?\{"n":"(\d+)"', one.rest):
             return int(found[1])
-        condition = self._all[one.called("condition")]
-        root = condition.root
-        if root is not None and root.op == "compare" and "direction=LT" in root.rest:
-            # A scan counts from 0 to a constant; its text has lost the constant's value in the operands.
-            limit = condition.instructions.get(root.operands[1])
-            if limit is not None and limit.op == "constant" and limit.operands[0].isdigit():
-                return int(limit.operands[0])
-        return self._loops
+        condition, body = self._all[one.called("condition")], self._all[one.called("body")]
+        test = condition.root
+        if test is None or test.op != "compare" or "direction=LT" not in test.rest:
+            return self._loops
+        limit, counter = _number(condition, test.operands[1]), condition.instructions.get(test.operands[0])
+        place = re.search(r"index=(\d+)", counter.rest) if counter is not None else None
+        if limit is None or place is None:
+            return self._loops
+        step = start = None
+        if body.root is not None and body.root.op == "tuple":
+            grown = body.instructions.get(body.root.operands[int(place[1])])
+            if grown is not None and grown.op == "add":  # XLA unrolls some loops: the step is not always 1
+                step = next((n for name in grown.operands if (n := _number(body, name)) is not None), None)
+        given = own.instructions.get(one.operands[0])
+        if given is not None and given.op == "tuple":
+            start = _number(own, given.operands[int(place[1])])
+        return -(-(limit - (start or 0)) // (step or 1))
 
     def _traffic(self, own: Computation, one: Instruction) -> float:
         if one.op in ("copy-start", "slice-start"):
@@ -195,6 +205,16 @@ class _Counter:
             if inner.root.op != "tuple":
                 return self._update(inner, inner.root, shape)
         return shape.bytes
+
+
+def _number(own: Computation, name: str) -> int | None:
+    """The value of an integer constant."""
+    found = own.instructions.get(name)
+    while found is not None and found.op in ("copy", "bitcast"):
+        found = own.instructions.get(found.operands[0])
+    if found is None or found.op != "constant" or not found.operands[0].isdigit():
+        return None
+    return int(found.operands[0])
 
 
 def _main(found: list[Shape]) -> float:

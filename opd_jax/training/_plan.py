@@ -31,7 +31,7 @@ class ProgramPlan:
         arguments, temporaries, outputs: bytes; outputs that reuse arguments' memory do not count.
         others: bytes of the run's arrays that lie there meanwhile and are no arguments.
         peak: all of these together; None if XLA refused the program.
-        needs: bytes that XLA says the program would need, where it refused.
+        needs: bytes that XLA says the program would need, where it refused; None: it was not asked.
         limit: bytes that the chip has for programs, or None.
         fits: whether peak is below; None: not known.
         flops: of matrix products, recomputation included.
@@ -137,8 +137,8 @@ def plan(
             if keep and program.name in keep:
                 found.append(keep[program.name])
                 continue
-            if program.name == "decode" and found and found[-1].needs is not None:
-                found.append(_refused(ProgramPlan("decode", needs=found[-1].needs), run, chip))
+            if program.name == "decode" and found[-1].peak is None:  # it starts from what prefill makes
+                found.append(_refused(ProgramPlan("decode", others=found[-1].others), chip))
                 continue
             progress(f"compiling {program.name} for {len(devices)} x {device.device_kind}")
             one, compiled = _compile(program, run, chip, compiled)
@@ -205,7 +205,7 @@ def _compile(program: Program, run: Shapes, chip: Chip | None, before: Any) -> t
             raise
         one.compile_seconds = time.perf_counter() - start
         one.needs = _needed(str(error))
-        return _refused(one, run, chip), before
+        return _refused(one, chip), before
     one.compile_seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
     one.arguments, one.temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
@@ -228,7 +228,7 @@ def _price(one: ProgramPlan, counted: Cost, chip: Chip | None) -> None:
         one.bound = one.seconds[one.bottleneck]
 
 
-def _refused(one: ProgramPlan, run: Shapes, chip: Chip | None) -> ProgramPlan:
+def _refused(one: ProgramPlan, chip: Chip | None) -> ProgramPlan:
     one.limit, one.fits = chip.usable * _GIB if chip else None, False
     return one
 

@@ -12,6 +12,8 @@ def advice(one: Any, run: Shapes) -> str:
     rollout = one.name in ("prefill", "decode")
     if one.fits is False:
         return _smaller_rollout(one, run) if rollout else _smaller_training(run)
+    if one.name == "update" and one.bottleneck in ("links", "memory") and (found := _larger_chunks(run)):
+        return found
     if one.bottleneck == "links":
         return _fewer_messages(one, run)
     if one.bottleneck == "memory" and one.name == "decode":
@@ -56,19 +58,23 @@ def _smaller_training(run: Shapes) -> str:
     return "more chips, or fewer max_new_tokens"
 
 
-def _fewer_messages(one: Any, run: Shapes) -> str:
+def _larger_chunks(run: Shapes) -> str:
     config = run.config
     tokens = config.batch_size // config.micro_batches * config.max_new_tokens
-    if one.name == "update" and 2 * config.loss_chunk <= tokens:
+    if 2 * config.loss_chunk <= tokens:
         chunks = -(-tokens // config.loss_chunk)
         return (
             f"each of the {chunks} chunks of a micro-batch's loss gathers the unembedding matrices: a larger "
-            f"loss_chunk (it is {config.loss_chunk} tokens over all devices) sends less"
+            f"loss_chunk (it is {config.loss_chunk} tokens over all devices) moves and sends less"
         )
+    return ""
+
+
+def _fewer_messages(one: Any, run: Shapes) -> str:
     if one.name == "decode":
         return (
             "every token gathers the weights: a larger mesh.tensor and smaller mesh.fsdp keep them in place"
         )
     if run.mesh.shape["tensor"] > 1:
         return "a smaller mesh.tensor sends fewer activations"
-    return "fewer micro_batches gather the weights less often" if config.micro_batches > 1 else ""
+    return "fewer micro_batches gather the weights less often" if run.config.micro_batches > 1 else ""

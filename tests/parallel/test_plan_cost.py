@@ -58,6 +58,16 @@ def test_a_loop_counts_as_often_as_it_runs():
     assert found.collectives == {"all-reduce": [8, 8 * 2 * 48 * 3 / 4]}
 
 
+def test_a_counter_that_starts_and_steps_elsewhere():
+    """XLA unrolls the loops of products whose operand comes in parts."""
+    text = _LOOP.replace(
+        "ROOT %t = (s32[], f32[2,4]{1,0}, f32[8,4,6]{2,1,0}) tuple(%i,",
+        "%two = s32[] constant(2)\n  %j = s32[] add(%i, %two)\n"
+        "  ROOT %t = (s32[], f32[2,4]{1,0}, f32[8,4,6]{2,1,0}) tuple(%j,",
+    )
+    assert text != _LOOP and cost(text).flops == 4 * 2 * 2 * 6 * 4
+
+
 @pytest.mark.parametrize(
     ("groups", "size"),
     [("replica_groups=[2,4]<=[8]", 4), ("replica_groups={{0,1},{2,3}}", 2),
