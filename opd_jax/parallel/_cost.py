@@ -4,6 +4,7 @@
 micro-batches, chunks.
 """
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -241,17 +242,10 @@ def _dims(text: str, key: str) -> list[int]:
     return [int(i) for i in found[1].split(",") if i] if found else []
 
 
-def _count(dims: tuple[int, ...]) -> int:
-    total = 1
-    for size in dims:
-        total *= size
-    return total
-
-
 def _dot(own: Computation, one: Instruction) -> float:
     left = own.operand_shapes(one)[0].dims
-    contracted = _count(tuple(left[i] for i in _dims(one.rest, "lhs_contracting_dims")))
-    return 2.0 * _count(one.result[0].dims) * contracted
+    contracted = math.prod(left[i] for i in _dims(one.rest, "lhs_contracting_dims"))
+    return 2.0 * math.prod(one.result[0].dims) * contracted
 
 
 def _convolution(own: Computation, one: Instruction) -> float:
@@ -262,7 +256,7 @@ def _convolution(own: Computation, one: Instruction) -> float:
         return 0.0
     lhs, rhs, out = labels[1], labels[2], labels[3]
     result = one.result[0].dims
-    products = _count(tuple(result[out.index(c)] for c in "bf")) * right[rhs.index("i")]
+    products = math.prod(result[out.index(c)] for c in "bf") * right[rhs.index("i")]
     for i, digit in enumerate(sorted(c for c in lhs if c.isdigit())):
         sizes = left[lhs.index(digit)], right[rhs.index(digit)], result[out.index(digit)]
         products *= _window(one.rest, i, *sizes)

@@ -13,10 +13,15 @@ from opd_jax.training._setup import Setup
 from opd_jax.training._step import State
 
 
+def shard_bytes(leaf: Any) -> int:
+    """Bytes of an array, or of a shape with a sharding, on one device."""
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+
 def bytes_per_device(tree: Any) -> int:
     """Bytes of the arrays of a tree on the device that has most of them."""
     return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        shard_bytes(leaf)
         for leaf in jax.tree.leaves(tree)
         if isinstance(leaf, jax.Array) and not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
     )
@@ -56,5 +61,5 @@ def _cache_bytes(setup: Setup, state: State) -> int:
             for axes, size in ((ROWS, array.shape[1]), (("tensor",), array.shape[3]))
         )
         placed = NamedSharding(setup.mesh, P(None, rows, None, heads))
-        total += math.prod(placed.shard_shape(array.shape)) * array.dtype.itemsize
+        total += shard_bytes(jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=placed))
     return total

@@ -15,6 +15,7 @@ from opd_jax.parallel import make_mesh
 from opd_jax.parallel._chips import Chip, bound, chip_of, nearest
 from opd_jax.parallel._cost import Cost, cost
 from opd_jax.training import _plan_advice
+from opd_jax.training._memory import shard_bytes
 from opd_jax.training._plan_programs import Program, Shapes, programs, shapes
 from opd_jax.training._setup import _check_rows
 
@@ -196,7 +197,7 @@ def candidates(config: Config, count: int) -> Iterator[Config]:
 def _compile(program: Program, run: Shapes, chip: Chip | None, before: Any) -> tuple[ProgramPlan, Any]:
     one = ProgramPlan(program.name, useful=program.useful / run.mesh.size)
     arguments = {id(leaf) for leaf in jax.tree.leaves(program.arguments)}
-    one.others = sum(_shard_bytes(leaf) for leaf in run.resident if id(leaf) not in arguments)
+    one.others = sum(shard_bytes(leaf) for leaf in run.resident if id(leaf) not in arguments)
     start = time.perf_counter()
     try:
         compiled = program.lower(before).compile()
@@ -244,13 +245,6 @@ def _needed(message: str) -> float:
 
 def _kernels(name: str, operands: list) -> float | None:
     return kernel_flops(name, [shape.dims for shape in operands])
-
-
-def _shard_bytes(leaf: Any) -> int:
-    size = leaf.dtype.itemsize
-    for each in leaf.sharding.shard_shape(leaf.shape):
-        size *= each
-    return size
 
 
 def _mesh(asked: MeshConfig, devices: Sequence[Any]) -> Any:

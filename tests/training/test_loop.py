@@ -233,8 +233,8 @@ def test_how_the_work_is_cut_does_not_change_the_result(make, changes):
 
 
 @pytest.fixture(scope="module")
-def step_on_one_device(folders, tmp_path_factory):
-    """Weights and metrics of a step with a search on one device, for `on_a_mesh`."""
+def step_on_one_device():
+    """Config and weights of a step with a search on one device, once the first test has made them."""
     return {}
 
 
