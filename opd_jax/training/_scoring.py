@@ -5,10 +5,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from opd_jax.config import Config
+from opd_jax.parallel import to_host
 from opd_jax.training._step import Batch, State, make_log_probs, make_measure, make_score
 
 
@@ -81,7 +81,7 @@ class Scorer:
             batch = batch._replace(reference_log_probs=judged)
         if self._ema:
             return batch, (), (self._scores[0](state.ema, batch, self._frozen),)
-        present = None if batch.teacher_rows is None else set(np.asarray(batch.teacher_rows).tolist())
+        present = None if batch.teacher_rows is None else set(to_host(batch.teacher_rows).tolist())
         hidden = []
         for i, (score, params) in enumerate(zip(self._scores, self._models, strict=True)):
             if present is None or i in present:
