@@ -34,6 +34,7 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tra
 NEUTRAL = (
     "run_dir",
     "steps",
+    "rollout_batch",
     "micro_batches",
     "loss_chunk",
     "max_bad_steps",
