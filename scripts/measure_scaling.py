@@ -31,7 +31,7 @@ LAST = ("prefill", "decode")  # of the step's programs, those that are no part o
 
 
 def measure(settings: config.Config, slices: Iterable[str], programs: Iterable[str]) -> list[training.Plan]:
-    """A plan for each slice, of `programs` alone; batch and chunk of `settings` are a device's."""
+    """A plan for each slice, of `programs` alone; `settings.batch_size` is a device's."""
     found = []
     for name in slices:
         devices = parallel.topology(name)
@@ -39,7 +39,6 @@ def measure(settings: config.Config, slices: Iterable[str], programs: Iterable[s
         grown = dataclasses.replace(
             settings,
             batch_size=settings.batch_size * count,
-            loss_chunk=settings.loss_chunk * count,
             mesh=config.MeshConfig(data=1, fsdp=count, tensor=1),
         )
         skipped = {each: training.ProgramPlan(each) for each in (*LAST, "score", "update") if each not in programs}

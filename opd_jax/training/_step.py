@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from opd_jax.models._protocol import LanguageModel, hidden_states, unembed
+from opd_jax.models._protocol import LanguageModel, hidden_states
 from opd_jax.parallel import platform, row_shards
+from opd_jax.training._heads import unembedder
 from opd_jax.training._objectives import Completions, Objective, Tokens, statistics
 from opd_jax.transforms._matrices import path_name
 
@@ -330,10 +331,11 @@ def _over_tokens(
 ) -> Any:
     """`look` at all tokens, a chunk at a time: a tree of [B, N] arrays. Logits live as long as their chunk,
     also in the backward pass."""
+    heads = [unembedder(model, len(batch.mask)) for model in (student, *teachers)]
 
     @jax.checkpoint
     def chunk(piece):
-        return look(_tokens(student, teachers, vocab_size, *piece))
+        return look(_tokens(heads, vocab_size, *piece))
 
     fields = dict(ids=batch.completions, mask=batch.mask, rollout_log_probs=batch.rollout_log_probs)
     fields |= dict(support=batch.support, support_log_probs=batch.support_log_probs)
@@ -346,10 +348,10 @@ def _over_tokens(
     return jax.tree.map(join, out)
 
 
-def _tokens(student, teachers, vocab_size, hidden, teacher_hidden, rows, fields) -> Tokens:
+def _tokens(heads, vocab_size, hidden, teacher_hidden, rows, fields) -> Tokens:
     """The distributions at a chunk's tokens, over the vocabulary that all models share."""
-    logits = unembed(student, hidden)
-    theirs = [jax.lax.stop_gradient(unembed(*pair)) for pair in zip(teachers, teacher_hidden, strict=True)]
+    logits, *theirs = [head(h) for head, h in zip(heads, (hidden, *teacher_hidden), strict=True)]
+    theirs = jax.lax.stop_gradient(theirs)
     tokens = Tokens(student=logits, **fields)
     if theirs or vocab_size:
         shared = min(a.shape[-1] for a in (logits, *theirs))  # they may be padded differently
