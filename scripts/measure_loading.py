@@ -92,9 +92,7 @@ def measure(folder: Path, fsdp: int, tensor: int) -> dict[str, float]:
         size = int(child.stdout.readline() or 0)
     if child.returncode or not size:
         raise RuntimeError(f"the loading process ended with status {child.returncode}")
-    return dict(
-        model=size, anonymous=anonymous, resident=resident, seconds=seconds, before=before["RssAnon"]
-    )
+    return dict(model=size, anonymous=anonymous, resident=resident, seconds=seconds, before=before["RssAnon"])
 
 
 def _status(pid: int) -> dict[str, int]:
@@ -111,19 +109,21 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     for name, value in SIZES.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value, help="default %(default)s")
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=int, default=value, help="default %(default)s"
+        )
     parser.add_argument("--fsdp", type=int, default=8, help="default %(default)s")
     parser.add_argument("--tensor", type=int, default=1, help="default %(default)s")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         make_checkpoint(Path(folder) / "model", {name: getattr(given, name) for name in SIZES})
         found = measure(Path(folder) / "model", given.fsdp, given.tensor)
-    share = found["anonymous"] / found["model"]
+    share, gib = found["anonymous"] / found["model"], {key: size / 2**30 for key, size in found.items()}
     print(
         f"{given.fsdp * given.tensor} devices (fsdp {given.fsdp} x tensor {given.tensor}): "
-        f"{found['model'] / 2**30:.2f} GiB of weights; peak while loading {found['anonymous'] / 2**30:.2f} GiB "
+        f"{gib['model']:.2f} GiB of weights; peak while loading {gib['anonymous']:.2f} GiB "
         f"anonymous = {share:.2f} x, with pages of files {found['resident'] / found['model']:.2f} x; "
-        f"{found['before'] / 2**30:.2f} GiB before; {found['seconds']:.1f} s"
+        f"{gib['before']:.2f} GiB before; {found['seconds']:.1f} s"
     )
     return int(share > MOST)
 

@@ -1,13 +1,14 @@
 """Weak scaling on paper: what a device does, moves and sends as the slice grows and its rows stay the same.
 
     python scripts/measure_scaling.py                      # Qwen3-1.7B <- 8B for 8, 16, 64, 256 chips of v5e
-    python scripts/measure_scaling.py --programs update --chips v5e:4x4,v5e:16x16
-    python scripts/measure_scaling.py configs/demo.yaml --max_new_tokens 128
+    python scripts/measure_scaling.py --fsdp 256           # weights spread over all chips
+    python scripts/measure_scaling.py --programs update --chips v5e:4x4,v5e:16x16 --student.remat false
 
 Compiles the scoring and the update that `opd-jax train CONFIG` would run, for chips that need not be there
-(libtpu must be: pip install 'opd_jax[tpu]'), on a mesh of fsdp = chips. Words that are not options here are
-keys of the config, as for `opd-jax plan`. Exit status 1 if what a device sends grows by more than 10% from
-16 chips (or the smallest slice above 8) to the largest slice.
+(libtpu must be: pip install 'opd_jax[tpu]'). Weights are spread over `--fsdp` chips at most; a larger slice
+holds them several times (mesh.data). Words that are not options here are keys of the config, as for
+`opd-jax plan`. Exit status 1 if what a device sends grows by more than 10% from 16 chips (or, without them,
+from the smallest slice) to the largest slice.
 """
 
 import argparse
@@ -27,10 +28,12 @@ DEFAULT = ROOT / "configs" / "qwen3_1.7b_from_8b.yaml"
 MODELS = ROOT / "configs" / "models"
 CHIPS = "v5e:2x4,v5e:4x4,v5e:8x8,v5e:16x16"
 MOST = 1.10
-LAST = ("prefill", "decode")  # of the step's programs, those that are no part of training
+STEP = ("prefill", "decode", "score", "update")
 
 
-def measure(settings: config.Config, slices: Iterable[str], programs: Iterable[str]) -> list[training.Plan]:
+def measure(
+    settings: config.Config, slices: Iterable[str], programs: Iterable[str], fsdp: int | None = None
+) -> list[training.Plan]:
     """A plan for each slice, of `programs` alone; `settings.batch_size` is a device's."""
     found = []
     for name in slices:
@@ -39,9 +42,11 @@ def measure(settings: config.Config, slices: Iterable[str], programs: Iterable[s
         grown = dataclasses.replace(
             settings,
             batch_size=settings.batch_size * count,
-            mesh=config.MeshConfig(data=1, fsdp=count, tensor=1),
+            mesh=config.MeshConfig(data=-1, fsdp=min(count, fsdp or count), tensor=1),
         )
-        skipped = {each: training.ProgramPlan(each) for each in (*LAST, "score", "update") if each not in programs}
+        skipped = {
+            each: training.ProgramPlan(each) for each in (*LAST, "score", "update") if each not in programs
+        }
         found.append(training.plan(grown, devices, progress=_say, keep=skipped))
         found[-1].programs = [each for each in found[-1].programs if each.name in programs]
     return found
@@ -52,9 +57,12 @@ def growth(plans: list[training.Plan]) -> float:
 
     Above 1 even where nothing is wrong: of weights that are spread over n chips a chip gathers (n - 1) / n.
     """
+    return sent(max(plans, key=lambda plan: plan.devices)) / sent(_base(plans))
+
+
+def _base(plans: list[training.Plan]) -> training.Plan:
     ordered = sorted(plans, key=lambda plan: plan.devices)
-    base = next((plan for plan in ordered if plan.devices >= 16), ordered[0])
-    return sent(ordered[-1]) / sent(base)
+    return next((plan for plan in ordered if plan.devices == 16), ordered[0])
 
 
 def sent(plan: training.Plan) -> float:
@@ -64,20 +72,25 @@ def sent(plan: training.Plan) -> float:
 
 def table(plans: list[training.Plan]) -> str:
     """Markdown: a line for each program and slice, figures per device and step."""
-    lines = ["| program | chips | TFLOPs | moved, GB | sent, GB | of it | peak, GiB |", "|---|---|---|---|---|---|---|"]
+    heads = ["program", "chips", "data x fsdp", "TFLOPs", "moved, GB", "sent, GB", "of it", "peak, GiB"]
+    lines = [heads, ["---"] * len(heads)]
     for name in [each.name for each in plans[0].programs]:
         for plan in plans:
             one = next(each for each in plan.programs if each.name == name)
-            kinds = ", ".join(
-                f"{kind} {size / 1e9:.1f}" for kind, (_, size) in sorted(one.collectives.items()) if size > 5e7
-            )
-            total = sum(size for _, size in one.collectives.values())
-            peak = "does not fit" if one.peak is None else f"{one.peak / 2**30:.2f}"
+            kinds = sorted((kind, size / 1e9) for kind, (_, size) in one.collectives.items())
             lines.append(
-                f"| {name} | {plan.devices} | {one.flops / 1e12:.2f} | {one.bytes / 1e9:.1f} | "
-                f"{total / 1e9:.2f} | {kinds} | {peak} |"
+                [
+                    name,
+                    str(plan.devices),
+                    f"{plan.mesh['data']} x {plan.mesh['fsdp']}",
+                    f"{one.flops / 1e12:.1f}",
+                    f"{one.bytes / 1e9:.0f}",
+                    f"{sum(size for _, size in kinds):.1f}",
+                    ", ".join(f"{kind} {size:.1f}" for kind, size in kinds if size >= 0.05),
+                    "does not fit" if one.peak is None else f"{one.peak / 2**30:.1f}",
+                ]
             )
-    return "\n".join(lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _say(text: str) -> None:
@@ -100,14 +113,16 @@ def main() -> int:
     parser.add_argument("config", nargs="?", default=str(DEFAULT))
     parser.add_argument("--chips", default=CHIPS, help="slices, default %(default)s")
     parser.add_argument("--programs", default="score,update", help="default %(default)s")
+    parser.add_argument("--fsdp", type=int, default=16, help="at most, default %(default)s")
     parser.add_argument("--rows", type=int, default=2, help="of a device, default %(default)s")
     parser.add_argument("--micro-batches", type=int, default=2, help="default %(default)s")
     parser.add_argument("--chunk", type=int, default=1024, help="loss_chunk of a device, default %(default)s")
     options, overrides = parser.parse_known_args()
-    plans = measure(_settings(options, overrides), options.chips.split(","), options.programs.split(","))
+    slices, programs = options.chips.split(","), options.programs.split(",")
+    plans = measure(_settings(options, overrides), slices, programs, options.fsdp)
     print(table(plans))
-    grown = growth(plans)
-    print(f"\nfrom 16 chips to {plans[-1].devices}, what a device sends grows by {grown - 1:+.1%}")
+    grown, least = growth(plans), _base(plans).devices
+    print(f"\nfrom {least} chips to {max(p.devices for p in plans)}, what a device sends: {grown - 1:+.1%}")
     return int(grown > MOST)
 
 

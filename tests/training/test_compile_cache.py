@@ -28,7 +28,7 @@ def nothing_configured():
 
 
 def start(settings) -> Counter:
-    """A run as in a new process, which knows no compiled program: how often JAX asked its cache, and found."""
+    """A run as in a new process, which knows no compiled program: how often JAX asked its cache, and so on."""
     jax.clear_caches()
     before = _SEEN.copy()
     training.train(settings)
