@@ -44,9 +44,7 @@ def measure(
             batch_size=settings.batch_size * count,
             mesh=config.MeshConfig(data=-1, fsdp=min(count, fsdp or count), tensor=1),
         )
-        skipped = {
-            each: training.ProgramPlan(each) for each in (*LAST, "score", "update") if each not in programs
-        }
+        skipped = {each: training.ProgramPlan(each) for each in STEP if each not in programs}
         found.append(training.plan(grown, devices, progress=_say, keep=skipped))
         found[-1].programs = [each for each in found[-1].programs if each.name in programs]
     return found

@@ -28,7 +28,7 @@ def nothing_configured():
 
 
 def start(settings) -> Counter:
-    """A run as in a new process, which knows no compiled program: how often JAX asked its cache, and so on."""
+    """A run as in a process that knows no compiled program yet: what JAX asked its cache, and got."""
     jax.clear_caches()
     before = _SEEN.copy()
     training.train(settings)
