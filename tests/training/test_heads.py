@@ -62,7 +62,6 @@ def test_numbers_are_those_of_the_plain_unembedding(mesh, model):
 def test_what_is_sent_does_not_depend_on_the_turns(mesh, model):
     """But for the softmax's sums over a split vocabulary, which are a few numbers a token."""
     few, many = (cost(compiled(mesh, *model, turns)[0].as_text()) for turns in (2, 12))
-    graphdef, params, _ = model
     assert many.flops == few.flops > 0
     assert many.sent == few.sent > 0
 
