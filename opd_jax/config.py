@@ -351,8 +351,8 @@ class Config:
     kl_coefficient: float = 0.0
     """grpo: weight of KL(student || teacher), the teacher being the reference model."""
     loss_chunk: int = 512
-    """Tokens whose logits exist on a device at a time. Each chunk gathers the unembedding matrices, so that
-    small ones are slow on a mesh; does not change the result."""
+    """Tokens whose logits exist on a device at a time. Each chunk reads the unembedding matrices, so that
+    small ones are slow; does not change the result."""
     max_bad_steps: int = 5
     """Stop after so many steps in a row with a non-finite loss or gradient."""
     seed: int = 0

@@ -12,7 +12,7 @@ def advice(one: Any, run: Shapes) -> str:
     rollout = one.name in ("prefill", "decode")
     if one.fits is False:
         return _smaller_rollout(one, run) if rollout else _smaller_training(run)
-    if one.name == "update" and one.bottleneck in ("links", "memory") and (found := _larger_chunks(run)):
+    if one.name == "update" and one.bottleneck == "memory" and (found := _larger_chunks(run)):
         return found
     if one.bottleneck == "links":
         return _fewer_messages(one, run)
@@ -67,8 +67,8 @@ def _larger_chunks(run: Shapes) -> str:
     if 2 * config.loss_chunk <= tokens:
         chunks = -(-tokens // config.loss_chunk)
         return (
-            f"each of the {chunks} chunks of a micro-batch's loss gathers the unembedding matrices: a larger "
-            f"loss_chunk (it is {config.loss_chunk} tokens a device) moves and sends less"
+            f"each of the {chunks} chunks of a micro-batch's loss reads the unembedding matrices: a larger "
+            f"loss_chunk (it is {config.loss_chunk} tokens a device) moves less"
         )
     return ""
 

@@ -125,7 +125,7 @@ def test_advice_samples_fewer_at_once():
 
 def test_advice_on_chunks_counts_tokens_of_a_device():
     run, *_ = eight_rows_at_once(["--loss_chunk", "16"])
-    one = training.ProgramPlan("update", fits=True, bottleneck="links")
+    one = training.ProgramPlan("update", fits=True, bottleneck="memory")
     tokens = 64 // run.config.micro_batches // 8 * run.config.max_new_tokens
     assert f"each of the {-(-tokens // 16)} chunks" in _plan_advice.advice(one, run)
 
