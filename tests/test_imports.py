@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "demo": set(),
     "models": {"parallel"},
     "rollout": {"models", "parallel"},
-    "tasks": {"rollout", "models"},
+    "tasks": {"rollout", "models", "parallel"},
     "training": {"losses", "transforms", "parallel", "config", "models", "rollout", "tasks"},
     "analysis": {"transforms", "models"},
 }

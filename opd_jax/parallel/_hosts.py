@@ -23,6 +23,8 @@ from jax.sharding import Sharding
 
 T = TypeVar("T")
 _POLL = 0.5  # seconds between two tries to reach the coordinator
+_GRACE = 10  # seconds that news of a dead process may take
+_STATE = {"heartbeat": 100}
 
 
 def start(
@@ -50,6 +52,7 @@ def start(
         ValueError: on arguments that make no sense, or if there are none and JAX cannot find them out.
         ConnectionError: if the coordinator cannot be reached.
     """
+    _STATE["heartbeat"] = heartbeat_timeout_seconds
     given = dict(coordinator_address=coordinator_address, num_processes=num_processes, process_id=process_id)
     _check(given)
     if process_id:  # the runtime would abort without a word of why
@@ -236,11 +239,15 @@ def place(tree: Any, sharding: Sharding) -> Any:
 def leave(error: BaseException) -> None:
     """After an error: ends the process if others may be waiting for it, so that they learn of it.
 
-    A process that only raised would wait at its exit for the others, which wait for it in a collective.
-    Without others, or where all know of the error, it returns.
+    A process that only raised would wait at its exit for the others, which wait for it in a collective. One
+    whose collective failed waits for the coordination service, which tells who died and aborts. Without
+    others, or where all know of the error, it returns.
     """
     if not several():
         return
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        print("another process may have died; JAX soon says which", file=sys.stderr, flush=True)
+        time.sleep(_STATE["heartbeat"] + _GRACE)
     if getattr(error, "everywhere", False):
         jax.distributed.shutdown()
         return
