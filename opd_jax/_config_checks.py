@@ -56,6 +56,7 @@ _AT_LEAST = {
     "steps": 1,
     "batch_size": 1,
     "samples_per_prompt": 1,
+    "rollout_batch": 0,
     "micro_batches": 1,
     "max_new_tokens": 1,
     "loss_chunk": 1,
@@ -168,7 +169,7 @@ def _ranges(values: dict[str, Any]) -> Iterator[str]:
 
 def _divisions(config: "Config") -> Iterator[str]:
     batch = config.batch_size
-    for key in ("samples_per_prompt", "micro_batches"):
+    for key in ("samples_per_prompt", "rollout_batch", "micro_batches"):
         value = getattr(config, key)
         if value >= 1 and batch >= 1 and batch % value:
             above = -(-batch // value) * value

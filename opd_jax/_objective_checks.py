@@ -76,6 +76,7 @@ def used(config: "Config") -> Iterator[tuple[tuple[str, ...], bool, str]]:
     yield ("tokens.fraction",), measured == "high_entropy", f"tokens.weights is {measured}"
     sampled = not sft and config.lmbda > 0
     written = sampled or ((sft or off_policy) and config.off_policy == "teacher")
+    yield ("rollout_batch",), written, "no completion is sampled"
     yield ("tokens.drop_truncated",), written, "no completion is sampled: the data set's are whole"
     stops = config.early_stop
     yield ("early_stop.overlap",), opd, ours

@@ -330,6 +330,8 @@ class Config:
     """Completions a step."""
     samples_per_prompt: int = 1
     """Completions a prompt (the group size of grpo); divides batch_size."""
+    rollout_batch: int = 0
+    """Completions sampled at once, which bounds the KV cache; 0: all of a step's. No change of results."""
     micro_batches: int = 1
     """Equal parts a batch is split into, one after the other; does not change the result."""
     max_new_tokens: int = 256
@@ -349,7 +351,8 @@ class Config:
     kl_coefficient: float = 0.0
     """grpo: weight of KL(student || teacher), the teacher being the reference model."""
     loss_chunk: int = 512
-    """Tokens whose logits exist at a time."""
+    """Tokens whose logits exist on a device at a time. Each chunk reads the unembedding matrices, so that
+    small ones are slow; does not change the result."""
     max_bad_steps: int = 5
     """Stop after so many steps in a row with a non-finite loss or gradient."""
     seed: int = 0

@@ -196,6 +196,7 @@ UNUSED = {
     "tokens.weights": (dict(GRPO, tokens=TokensConfig(weights="high_entropy")), OURS.format("grpo")),
     "tokens.strength": (dict(tokens=TokensConfig(strength=1.0)), "tokens.weights is uniform"),
     "tokens.fraction": (dict(tokens=TokensConfig(weights="prefix_drift", fraction=0.5)), "is prefix_drift"),
+    "rollout_batch": (dict(SFT, rollout_batch=8), "no completion is sampled"),
     "tokens.drop_truncated": (
         dict(lmbda=0.0, tokens=TokensConfig(drop_truncated=True)), "data set's are whole"
     ),

@@ -198,16 +198,16 @@ def _place(reader: Reader, parameter: Parameter, dtype, sharding) -> jax.Array:
     if sharding is None:
         whole = tuple(slice(0, size) for size in parameter.shape)
         return jnp.asarray(_read(reader, parameter, dtype, whole))
-    parts: dict[tuple, np.ndarray] = {}  # Devices that share a part share the reading.
-
-    def read(index: tuple[slice, ...]) -> np.ndarray:
-        index = tuple(slice(*i.indices(size)[:2]) for i, size in zip(index, parameter.shape, strict=True))
-        key = tuple((i.start, i.stop) for i in index)
-        if key not in parts:
-            parts[key] = _read(reader, parameter, dtype, index)
-        return parts[key]
-
-    return jax.make_array_from_callback(parameter.shape, sharding, read)
+    owners: dict[tuple, list[jax.Device]] = {}  # Devices that share a part share the reading.
+    for device, index in sharding.addressable_devices_indices_map(parameter.shape).items():
+        index = tuple(i.indices(size)[:2] for i, size in zip(index, parameter.shape, strict=True))
+        owners.setdefault(index, []).append(device)
+    placed = []
+    for index, devices in owners.items():
+        part = _read(reader, parameter, dtype, tuple(slice(*i) for i in index))
+        # Waited for, so that no more than one part is in the host's memory.
+        placed += jax.block_until_ready([jax.device_put(part, device) for device in devices])
+    return jax.make_array_from_single_device_arrays(parameter.shape, sharding, placed)
 
 
 def _read(reader: Reader, parameter: Parameter, dtype, index: tuple[slice, ...]) -> np.ndarray:

@@ -58,7 +58,7 @@ class Instruction:
         """How many devices take part in a collective; 0: the text does not say."""
         if found := re.search(r"replica_groups=\[\d+,(\d+)\]", self.rest):
             return int(found[1])
-        if found := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", self.rest):
+        if found := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", self.rest):
             sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
             return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", found[2]))
         found = re.search(r"replica_groups=\{\{([\d,]+)\}", self.rest)

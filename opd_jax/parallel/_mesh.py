@@ -80,6 +80,12 @@ def constrain(x: jax.Array, *spec: str | tuple[str, ...] | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, P(*fitted))
 
 
+def row_shards() -> int:
+    """Parts that the rows of a batch are in on the mesh that `jax.set_mesh` has set; without one, 1."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape.get(name, 1) for name in ROWS)
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows over `data` and `fsdp`, everything else whole."""
     return NamedSharding(mesh, P(ROWS))

@@ -123,21 +123,24 @@ def _sample(setup, model, prompts, key, on_progress, limit: int | None = None) -
     rows = for_teachers(setup, Batch(prompts.tokens, prompts.lengths, None, None), prompts)
     rows = jax.tree.map(lambda a: np.repeat(a, n, axis=0), rows)
     own = model is not setup.teacher or rows.teacher_prompts is None
-    sampled = rollout.generate(
-        model,
-        rows.prompts if own else rows.teacher_prompts,
-        key,
-        prompt_lengths=rows.prompt_lengths if own else rows.teacher_prompt_lengths,
-        max_new_tokens=config.max_new_tokens,
-        limit=limit,
-        stop_token_ids=setup.stops,
-        on_progress=on_progress,
-    )
-    completions, mask, log_probs, finish = to_host(
-        (sampled.completions, sampled.mask, sampled.log_probs, sampled.finish)
-    )
-    batch = rows._replace(completions=completions, mask=mask, rollout_log_probs=log_probs)
-    return _Drawn(batch, finish)
+    tokens, lengths = rows[:2] if own else (rows.teacher_prompts, rows.teacher_prompt_lengths)
+    drawn = []
+    for part in np.split(np.arange(len(lengths)), len(lengths) // (config.rollout_batch or len(lengths))):
+        sampled = rollout.generate(
+            model,
+            tokens[part],
+            key,
+            prompt_lengths=lengths[part],
+            row_ids=part,  # of the whole batch: what is drawn does not depend on how it is cut
+            max_new_tokens=config.max_new_tokens,
+            limit=limit,
+            stop_token_ids=setup.stops,
+            on_progress=on_progress,
+        )
+        drawn.append(to_host((sampled.completions, sampled.mask, sampled.log_probs, sampled.finish)))
+    *fields, finish = map(np.concatenate, zip(*drawn, strict=True))
+    names = ("completions", "mask", "rollout_log_probs")
+    return _Drawn(rows._replace(**dict(zip(names, fields, strict=True))), finish)
 
 
 def _ends(finish: np.ndarray) -> dict[str, float]:

@@ -16,6 +16,7 @@ from opd_jax.config import Config
 from opd_jax.rollout import Sampling
 from opd_jax.training._batches import make_batch, weigh
 from opd_jax.training._checkpoint import Checkpoints
+from opd_jax.training._compile_cache import compile_cache
 from opd_jax.training._errors import CheckpointError, Interrupted, TrainingError
 from opd_jax.training._extrapolation import Extrapolation
 from opd_jax.training._foresight import dynamics, freeze_modules
@@ -23,7 +24,7 @@ from opd_jax.training._logging import Display, Loggers, require_loggers
 from opd_jax.training._memory import memory_table
 from opd_jax.training._process import Clock, on_signal
 from opd_jax.training._result import Result
-from opd_jax.training._run import RunFolder, open_folder
+from opd_jax.training._run import COMPILE_CACHE, RunFolder, open_folder
 from opd_jax.training._setup import Setup, prepare, still
 from opd_jax.training._step import Batch, State
 
@@ -46,7 +47,11 @@ def train(config: Config) -> Result:
             written or none could be read, or another process is using the folder.
     """
     parallel.together(config.validate)
-    with open_folder(config) as folder, Display(config.steps, quiet=not parallel.is_first()) as display:
+    with (
+        open_folder(config) as folder,
+        compile_cache(folder.path / COMPILE_CACHE),
+        Display(config.steps, quiet=not parallel.is_first()) as display,
+    ):
         for notice in folder.notices:
             display.print(notice)
         require_loggers(config)

@@ -51,9 +51,8 @@ def memory_table(setup: Setup, state: State) -> str:
 def _cache_bytes(setup: Setup, state: State) -> int:
     config = setup.config
     slots = setup.prompts.bucket + config.max_new_tokens
-    cache = jax.eval_shape(
-        lambda params: setup.model(params).init_cache(config.batch_size, slots), state.params
-    )
+    count = config.rollout_batch or config.batch_size
+    cache = jax.eval_shape(lambda params: setup.model(params).init_cache(count, slots), state.params)
     total = 0
     for array in (cache.k, cache.v):
         rows, heads = (

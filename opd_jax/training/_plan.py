@@ -27,7 +27,7 @@ class ProgramPlan:
     """One program on one device; bytes and FLOPs of one step.
 
     Attributes:
-        name: see `Program`.
+        name, runs: see `Program`.
         compile_seconds: how long XLA took.
         arguments, temporaries, outputs: bytes; outputs that reuse arguments' memory do not count.
         others: bytes of the run's arrays that lie there meanwhile and are no arguments.
@@ -48,6 +48,7 @@ class ProgramPlan:
     """
 
     name: str
+    runs: int = 1
     compile_seconds: float = 0.0
     arguments: int = 0
     temporaries: int = 0
@@ -184,7 +185,7 @@ def candidates(config: Config, count: int) -> Iterator[Config]:
             (s.kv_heads % tensor, s.vocab_size % tensor, s.ff_width % tensor, s.width % (fsdp or 1))
             for s in sizes
         )
-        if rest or any(map(any, whole)):
+        if rest or any(map(any, whole)) or config.rollout_batch % (fsdp or 1):
             continue
         parts = 1
         while config.batch_size % (parts * fsdp) == 0:
@@ -195,7 +196,7 @@ def candidates(config: Config, count: int) -> Iterator[Config]:
 
 
 def _compile(program: Program, run: Shapes, chip: Chip | None, before: Any) -> tuple[ProgramPlan, Any]:
-    one = ProgramPlan(program.name, useful=program.useful / run.mesh.size)
+    one = ProgramPlan(program.name, runs=program.runs, useful=program.useful / run.mesh.size)
     arguments = {id(leaf) for leaf in jax.tree.leaves(program.arguments)}
     one.others = sum(shard_bytes(leaf) for leaf in run.resident if id(leaf) not in arguments)
     start = time.perf_counter()
@@ -220,11 +221,12 @@ def _compile(program: Program, run: Shapes, chip: Chip | None, before: Any) -> t
 
 
 def _price(one: ProgramPlan, counted: Cost, chip: Chip | None) -> None:
-    one.flops, one.bytes, one.collectives = counted.flops, counted.bytes, counted.collectives
+    one.flops, one.bytes = one.runs * counted.flops, one.runs * counted.bytes
+    one.collectives = {kind: [one.runs * n for n in found] for kind, found in counted.collectives.items()}
     one.unknown = sorted(counted.unknown)
     one.intensity = counted.flops / counted.bytes if counted.bytes else 0.0
     if chip is not None:
-        one.seconds = bound(chip, counted.flops, counted.bytes, counted.sent)
+        one.seconds = bound(chip, one.flops, one.bytes, one.runs * counted.sent)
         one.bottleneck = max(one.seconds, key=one.seconds.get)
         one.bound = one.seconds[one.bottleneck]
 
@@ -285,3 +287,5 @@ def _check(config: Config, mesh: Any) -> None:
                     f"the nearest that does is {nearest(size, count)}"
                 )
     _check_rows("batch_size / micro_batches", config.batch_size // config.micro_batches, mesh)
+    if config.rollout_batch:
+        _check_rows("rollout_batch", config.rollout_batch, mesh)

@@ -12,7 +12,7 @@ def advice(one: Any, run: Shapes) -> str:
     rollout = one.name in ("prefill", "decode")
     if one.fits is False:
         return _smaller_rollout(one, run) if rollout else _smaller_training(run)
-    if one.name == "update" and one.bottleneck in ("links", "memory") and (found := _larger_chunks(run)):
+    if one.name == "update" and one.bottleneck == "memory" and (found := _larger_chunks(run)):
         return found
     if one.bottleneck == "links":
         return _fewer_messages(one, run)
@@ -22,26 +22,28 @@ def advice(one: Any, run: Shapes) -> str:
 
 
 def cache_bytes(run: Shapes) -> float:
-    """Of the keys and values of all rollouts, a device's share."""
+    """Of the keys and values of the rollouts that are sampled at once, a device's share."""
     sizes, config = run.student, run.config
     width = 4 if config.student.dtype == "float32" else 2
     token = 2 * sizes.layers * sizes.kv_heads * sizes.head_width * width
     tensor = run.mesh.shape["tensor"] if sizes.kv_heads % run.mesh.shape["tensor"] == 0 else 1
-    rows = config.batch_size / (run.mesh.shape["data"] * run.mesh.shape["fsdp"])
+    rows = (config.rollout_batch or config.batch_size) / (run.mesh.shape["data"] * run.mesh.shape["fsdp"])
     return rows * (run.prompt_width + config.max_new_tokens) * token / tensor
 
 
 def _smaller_rollout(one: Any, run: Shapes) -> str:
     cache, rows = cache_bytes(run), run.mesh.shape["data"] * run.mesh.shape["fsdp"]
-    each = run.config.batch_size // rows
+    at_once = run.config.rollout_batch or run.config.batch_size
+    each, whole = at_once // rows, run.config.batch_size // rows
     text = f"the cache of {each} rows a device is {cache / _GIB:.1f} GiB"
     if one.limit is None:
         return text
     room = max(one.limit - one.others, 0) / 2  # about as much again for temporaries
     fewer = min(int(each * room / cache), each - 1) if cache else 0
-    if fewer < 1:
+    fewer = max((n for n in range(1, fewer + 1) if whole % n == 0), default=0)
+    if not fewer:
         return f"{text}: more chips, fewer max_new_tokens, or a larger mesh.tensor"
-    return f"{text}: sample fewer at once (batch_size {fewer * rows} may fit), or use more chips"
+    return f"{text}: sample fewer at once (rollout_batch {fewer * rows} may fit), or use more chips"
 
 
 def _smaller_training(run: Shapes) -> str:
@@ -60,12 +62,13 @@ def _smaller_training(run: Shapes) -> str:
 
 def _larger_chunks(run: Shapes) -> str:
     config = run.config
-    tokens = config.batch_size // config.micro_batches * config.max_new_tokens
+    rows = config.batch_size // config.micro_batches // (run.mesh.shape["data"] * run.mesh.shape["fsdp"])
+    tokens = rows * config.max_new_tokens
     if 2 * config.loss_chunk <= tokens:
         chunks = -(-tokens // config.loss_chunk)
         return (
-            f"each of the {chunks} chunks of a micro-batch's loss gathers the unembedding matrices: a larger "
-            f"loss_chunk (it is {config.loss_chunk} tokens over all devices) moves and sends less"
+            f"each of the {chunks} chunks of a micro-batch's loss reads the unembedding matrices: a larger "
+            f"loss_chunk (it is {config.loss_chunk} tokens a device) moves less"
         )
     return ""
 

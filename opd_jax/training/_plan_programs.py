@@ -30,7 +30,8 @@ class Program(NamedTuple):
         lower: gives the lowered program; that of decode needs prefill's compiled one.
         arguments: its arrays, as shapes.
         repeats: how often its loop runs whose count is not in it: for decode, the tokens after the first.
-        useful: FLOPs of all devices together that the mathematics needs, without recomputation.
+        useful: FLOPs of all devices together that the mathematics of a step needs, without recomputation.
+        runs: how often a step runs it.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Program(NamedTuple):
     arguments: Any
     repeats: int
     useful: float
+    runs: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +151,8 @@ def _training(run: Shapes, scorer: Scorer, batch: Batch, given: tuple, hidden: t
 def _rollout(run: Shapes) -> Iterator[Program]:
     config, mesh = run.config, run.mesh
     rows, whole = batch_sharding(mesh), NamedSharding(mesh, P())
-    count = config.batch_size
+    count = config.rollout_batch or config.batch_size
+    parts = config.batch_size // count
     trained = run.state.params
     params = jax.tree.map(lambda p: _give(p.shape, _sampled_dtype(config, p.dtype), p.sharding), trained)
     if run.frozen is not None:
@@ -180,12 +183,12 @@ def _rollout(run: Shapes) -> Iterator[Program]:
         return _lower(_generate._decode, params, state, *arguments[1:], slots, **static)
 
     width = run.prompt_width
-    useful = _forward(run.student, count, width, logits=1)
-    yield Program("prefill", prefill, arguments, 1, useful)
+    useful = _forward(run.student, config.batch_size, width, logits=1)
+    yield Program("prefill", prefill, arguments, 1, useful, parts)
     # On average half of the new tokens are behind a new one.
     tokens = max(slots - 1, 1)
-    useful = tokens * count * _token(run.student, width + slots / 2, logits=True)
-    yield Program("decode", decode, arguments, tokens, useful)
+    useful = tokens * config.batch_size * _token(run.student, width + slots / 2, logits=True)
+    yield Program("decode", decode, arguments, tokens, useful, parts)
 
 
 def _student(config: Config, sizes: models.DecoderConfig, mesh: Mesh) -> tuple[Any, Any, Any]:

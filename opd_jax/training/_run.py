@@ -3,6 +3,7 @@
 config.yaml       the resolved config          samples.jsonl   completions of each evaluation
 versions.json     software, devices, git       checkpoints/    state to resume from
 metrics.jsonl     one line per logged step     model/          the result, a Hugging Face folder
+compile_cache/    compiled programs, so that a run that goes on compiles nothing; may be deleted
 """
 
 import fcntl
@@ -27,6 +28,7 @@ from opd_jax._config_io import flatten, parse
 from opd_jax.training._errors import TrainingError
 
 _LOCK = ".lock"
+COMPILE_CACHE = "compile_cache"
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
 
 # A resumed run may change these: they leave the trained weights as they are, up to the rounding
@@ -34,6 +36,7 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tra
 NEUTRAL = (
     "run_dir",
     "steps",
+    "rollout_batch",
     "micro_batches",
     "loss_chunk",
     "max_bad_steps",
@@ -146,7 +149,7 @@ class RunFolder:
     def _refuse_foreign(self) -> None:
         if not self.path.is_dir() or (self.path / "config.yaml").exists():
             return
-        found = sorted(each.name for each in self.path.iterdir() if each.name != _LOCK)
+        found = sorted(each.name for each in self.path.iterdir() if each.name not in (_LOCK, COMPILE_CACHE))
         if found:
             raise ValueError(
                 f"run_dir {self.path} is not empty and holds no run (no config.yaml, but "

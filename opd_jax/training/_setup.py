@@ -163,6 +163,8 @@ def read_data(
         ValueError: with what is wrong.
     """
     _check_rows("batch_size / micro_batches", config.batch_size // config.micro_batches, mesh)
+    if config.rollout_batch:
+        _check_rows("rollout_batch", config.rollout_batch, mesh)
     if config.evaluation.prompts:
         _check_rows("evaluation.batch_size", config.evaluation.batch_size, mesh)
     display.status("reading tokenizers and data")

@@ -2,7 +2,7 @@
 
 A row is its prompt with the completion directly behind it, right padded: plain causal attention is then
 right, and the hidden state that predicts completion token t stands at position prompt_length - 1 + t.
-Logits exist for `loss_chunk` tokens at a time, in the forward and in the backward pass.
+On each device logits exist for `loss_chunk` tokens at a time, in the forward and in the backward pass.
 """
 
 import math
@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from opd_jax.models._protocol import LanguageModel, hidden_states, unembed
-from opd_jax.parallel import platform
+from opd_jax.models._protocol import LanguageModel, hidden_states
+from opd_jax.parallel import platform, row_shards
+from opd_jax.training._heads import unembedder
 from opd_jax.training._objectives import Completions, Objective, Tokens, statistics
 from opd_jax.transforms._matrices import path_name
 
@@ -201,7 +202,7 @@ def make_update(
         weight_bounds: importance weights outside are counted as clipped.
         dtype: the parameters are cast to it before use; gradients and optimiser stay float32.
         micro_batches: equal parts, one after the other; divides B.
-        loss_chunk: tokens whose logits exist at a time.
+        loss_chunk: tokens whose logits exist on a device at a time.
         temperature: T, which divides the logits of student and teacher. The gradient of a divergence in the
             student's logits is 1 / T of that of the divergence in logits / T.
         vocab_size: tokens that the distributions range over; None: those that student and teachers share.
@@ -330,10 +331,11 @@ def _over_tokens(
 ) -> Any:
     """`look` at all tokens, a chunk at a time: a tree of [B, N] arrays. Logits live as long as their chunk,
     also in the backward pass."""
+    heads = [unembedder(model, len(batch.mask)) for model in (student, *teachers)]
 
     @jax.checkpoint
     def chunk(piece):
-        return look(_tokens(student, teachers, vocab_size, *piece))
+        return look(_tokens(heads, vocab_size, *piece))
 
     fields = dict(ids=batch.completions, mask=batch.mask, rollout_log_probs=batch.rollout_log_probs)
     fields |= dict(support=batch.support, support_log_probs=batch.support_log_probs)
@@ -346,10 +348,10 @@ def _over_tokens(
     return jax.tree.map(join, out)
 
 
-def _tokens(student, teachers, vocab_size, hidden, teacher_hidden, rows, fields) -> Tokens:
+def _tokens(heads, vocab_size, hidden, teacher_hidden, rows, fields) -> Tokens:
     """The distributions at a chunk's tokens, over the vocabulary that all models share."""
-    logits = unembed(student, hidden)
-    theirs = [jax.lax.stop_gradient(unembed(*pair)) for pair in zip(teachers, teacher_hidden, strict=True)]
+    logits, *theirs = [head(h) for head, h in zip(heads, (hidden, *teacher_hidden), strict=True)]
+    theirs = jax.lax.stop_gradient(theirs)
     tokens = Tokens(student=logits, **fields)
     if theirs or vocab_size:
         shared = min(a.shape[-1] for a in (logits, *theirs))  # they may be padded differently
@@ -390,9 +392,10 @@ def _join(tree: Any) -> Any:
 
 
 def _chunks(tree: Any, loss_chunk: int) -> Any:
-    """[B, N, ...] -> [chunks, B, n, ...] with B n about `loss_chunk`; what is added does not count."""
+    """[B, N, ...] -> [chunks, B, n, ...] with about `loss_chunk` tokens on each device of the mesh; what
+    is added does not count."""
     batch, count = jax.tree.leaves(tree)[0].shape[:2]
-    width = min(count, math.ceil(loss_chunk / batch))
+    width = min(count, math.ceil(loss_chunk * row_shards() / batch))
     chunks = math.ceil(count / width)
 
     def split(a):

@@ -67,7 +67,7 @@ def make_cache_score(
         top_k: K.
         vocab_size: logits beyond are left out; None: none.
         temperature: divides the logits.
-        loss_chunk: tokens whose logits exist at a time.
+        loss_chunk: tokens whose logits exist on a device at a time.
     """
 
     @jax.jit
@@ -123,7 +123,7 @@ def write_cache(
         vocab_size: tokens that teacher and student share, where they are padded differently; None: all of
             the teacher's.
         temperature: T, divides the teacher's logits.
-        loss_chunk: tokens whose logits exist at a time.
+        loss_chunk: tokens whose logits exist on a device at a time.
         max_shard_bytes: of a file's arrays, except that one example is never split.
         sharding: of the batches' rows, on a mesh.
         progress: called with (examples, tokens), earlier calls included, on resuming and after every batch.

@@ -71,7 +71,8 @@ def test_a_counter_that_starts_and_steps_elsewhere():
 @pytest.mark.parametrize(
     ("groups", "size"),
     [("replica_groups=[2,4]<=[8]", 4), ("replica_groups={{0,1},{2,3}}", 2),
-     ("replica_groups=mesh['a'=2,'b'=8] {'b'}", 8)],
+     ("replica_groups=mesh['a'=2,'b'=8] {'b'}", 8),
+     ("replica_groups=mesh['a'=2,'b'=1,'c'=8], device_ids=([2,8]T(1,0)) {'c','b'}", 8)],
 )  # fmt: skip
 @pytest.mark.parametrize(
     ("kind", "factor"),

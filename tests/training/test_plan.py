@@ -13,8 +13,10 @@ import yaml
 
 from opd_jax import cli, config, models, training
 from opd_jax.config import MeshConfig
-from opd_jax.training import _plan
-from opd_jax.training._plan_programs import _forward
+from opd_jax.parallel import CHIPS, make_mesh
+from opd_jax.parallel._cost import Cost
+from opd_jax.training import _plan, _plan_advice
+from opd_jax.training._plan_programs import _forward, programs, shapes
 
 ROOT = Path(__file__).parents[2]
 DEMO = str(ROOT / "configs" / "demo.yaml")
@@ -89,6 +91,43 @@ def test_candidates_divide_everything():
     assert {each.mesh.tensor for each in found} == {1, 2, 4, 8}
     assert {each.micro_batches for each in found if each.mesh.tensor == 1} == {1, 2, 4, 8, 16}
     assert MeshConfig(data=1, fsdp=16, tensor=4) in [each.mesh for each in found]
+
+
+def eight_rows_at_once(words=()):
+    """The demo's shapes on 8 devices, of whose 64 rows 8 are sampled at once, and its first programs."""
+    settings = config.load(DEMO, ["--batch_size", "64", "--rollout_batch", "8", *words])
+    run = shapes(settings, make_mesh(devices=jax.devices()[:8]))
+    found = programs(run)
+    return run, next(found), next(found)
+
+
+def test_a_rollout_in_parts_runs_more_often():
+    run, *rollout = eight_rows_at_once()
+    whole = programs(dataclasses.replace(run, config=dataclasses.replace(run.config, rollout_batch=0)))
+    for part, once in zip(rollout, whole, strict=False):
+        assert (part.runs, once.runs) == (8, 1) and part.useful == once.useful  # of a step, both
+        assert part.arguments[1].shape[0] == 8 and once.arguments[1].shape[0] == 64
+        one = training.ProgramPlan(part.name, runs=part.runs)
+        _plan._price(one, Cost(3.0, 5.0, {"all-gather": [2, 7.0]}), CHIPS[1])
+        assert (one.flops, one.bytes, one.collectives) == (24.0, 40.0, {"all-gather": [16, 56.0]})
+        assert one.seconds["links"] == 56.0 / CHIPS[1].links
+
+
+def test_advice_samples_fewer_at_once():
+    run, *_ = eight_rows_at_once(["--batch_size", "96", "--rollout_batch", "48"])
+    cache = _plan_advice.cache_bytes(run)  # of 6 rows a device, of 12; there is room for 5 and as much again
+    one = training.ProgramPlan("prefill", fits=False, limit=10 / 6 * cache, others=0)
+    assert "sample fewer at once (rollout_batch 32 may fit)" in _plan_advice.advice(one, run)
+    one.limit = cache / 6
+    said = _plan_advice.advice(one, run)
+    assert "more chips" in said and "rollout_batch" not in said
+
+
+def test_advice_on_chunks_counts_tokens_of_a_device():
+    run, *_ = eight_rows_at_once(["--loss_chunk", "16"])
+    one = training.ProgramPlan("update", fits=True, bottleneck="memory")
+    tokens = 64 // run.config.micro_batches // 8 * run.config.max_new_tokens
+    assert f"each of the {-(-tokens // 16)} chunks" in _plan_advice.advice(one, run)
 
 
 def test_search_ranks(monkeypatch):

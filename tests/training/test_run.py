@@ -120,7 +120,7 @@ def test_a_broken_line_in_the_middle_is_named(started):
 NEUTRAL = [
     {"steps": 200},
     {"run_dir": "elsewhere"},
-    {"micro_batches": 4, "loss_chunk": 64, "max_bad_steps": 9},
+    {"micro_batches": 4, "rollout_batch": 8, "loss_chunk": 64, "max_bad_steps": 9},
     {"mesh": MeshConfig(data=2), "logging": LoggingConfig(every=7, tensorboard=True)},
     {"checkpoint": CheckpointConfig(every=1, keep=9)},
     {"evaluation": EvaluationConfig(every=5, batch_size=8)},

@@ -1,5 +1,6 @@
 """The programs of a run, compiled ahead of time for a TPU topology; nothing runs."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,26 +9,26 @@ from pathlib import Path
 import pytest
 
 import opd_jax
+from tests.training.hlo import Sent
 
 _PROGRAM = """
-import jax, jax.numpy as jnp, numpy as np, optax
+import json
+import jax, jax.numpy as jnp
 from flax import nnx
-from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import NamedSharding, PartitionSpec as P
 from opd_jax import models, rollout
-from opd_jax.config import Config, OptimizerConfig
-from opd_jax.parallel import batch_sharding, param_shardings
+from opd_jax.config import Config, ForesightConfig, OptimizerConfig, TrackConfig
+from opd_jax.parallel import batch_sharding, compiling_for, make_mesh, param_shardings, topology
 from opd_jax.rollout import _generate
 from opd_jax.training._objectives import make_objective
-from opd_jax.training._optimizer import make_optimizer
+from opd_jax.training._optimizer import make_optimizer, optimizer_shardings
 from opd_jax.training._step import Batch, State, make_score, make_update
+from tests.training.hlo import collectives
 
-devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
-axes = ("data", "fsdp", "tensor")
-mesh = Mesh(np.array(devices).reshape(1, 4, 2), axes, axis_types=(AxisType.Auto,) * 3)
+mesh = make_mesh(1, 4, 2, devices=topology("v5e:2x4"))
 assert mesh.devices.flat[0].platform == "tpu"
 config = models.DecoderConfig(
-    vocab_size=4096, width=256, layers=3, heads=8, kv_heads=4, head_width=64, ff_width=512,
+    vocab_size=6144, width=256, layers=3, heads=8, kv_heads=4, head_width=64, ff_width=512,
     qk_norm=True, architecture="Qwen3ForCausalLM")
 rows, whole = batch_sharding(mesh), NamedSharding(mesh, P())
 give = lambda shape, dtype, sharding: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
@@ -39,10 +40,10 @@ def shapes(dtype):
 
 graphdef, params = shapes(jnp.float32)
 teacher_graphdef, teacher = shapes(jnp.bfloat16)
-optimizer = make_optimizer(OptimizerConfig())
+optimizer = make_optimizer(OptimizerConfig(), ForesightConfig(track=TrackConfig(rank=4, every=2)))
 opt_state = jax.tree.map(
-    lambda s: give(s.shape, s.dtype, whole), jax.eval_shape(optimizer.init, params))
-opt_state = optax.tree.map_params(optimizer, lambda _, p: p, opt_state, params)
+    lambda s, place: give(s.shape, s.dtype, place),
+    jax.eval_shape(optimizer.init, params), optimizer_shardings(optimizer, params))
 B, width, N = 16, 128, 128
 ints = lambda *shape: give(shape, jnp.int32, rows)
 floats = lambda *shape: give(shape, jnp.float32, rows)
@@ -51,16 +52,16 @@ key = jax.eval_shape(jax.random.key, 0)
 
 def compiled(name, function, *args, **kwargs):
     done = function.trace(*args, **kwargs).lower(lowering_platforms=("tpu",)).compile()
-    print(name, done.memory_analysis().temp_size_in_bytes, flush=True)
+    print(json.dumps([name, collectives(done.as_text(), loops=N)]), flush=True)
     return done
 
-with jax.set_mesh(mesh):
+with compiling_for("tpu"), jax.set_mesh(mesh):
     hidden = give((B, N, config.width), jnp.bfloat16, rows)
     scored = compiled("score", make_score(teacher_graphdef, 2), teacher, batch)
     assert scored.output_shardings.spec == P("fsdp"), scored.output_shardings
     update = make_update(
         graphdef, (teacher_graphdef,), optimizer, make_objective(Config()),
-        dtype=jnp.bfloat16, micro_batches=2, loss_chunk=512)
+        dtype=jnp.bfloat16, micro_batches=2, loss_chunk=32)
     compiled("update", update, State(params, opt_state), (teacher,), batch, (hidden,))
     row = give((B,), jnp.uint32, rows)
     stops = give((2,), jnp.int32, whole)
@@ -75,18 +76,65 @@ with jax.set_mesh(mesh):
 """
 
 
-@pytest.mark.tpu
-def test_every_program_of_a_run_compiles_for_a_tpu_slice():
-    """In its own process: libtpu takes a lock and reads the environment when it is loaded."""
+VOCABULARY, WIDTH, DEVICES, MICRO_BATCHES = 6144, 256, 4, 2  # as above; devices of mesh.fsdp
+
+
+@pytest.fixture(scope="module")
+def programs():
+    """The collectives of each program by its name. In its own process: libtpu takes a lock and reads the
+    environment when it is loaded."""
     pytest.importorskip("libtpu")
     root = str(Path(opd_jax.__file__).parents[1])
     environment = os.environ | dict(
         PYTHONPATH=os.pathsep.join([root, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]),
         JAX_PLATFORMS="cpu",
-        TPU_SKIP_MDS_QUERY="1",
-        TPU_WORKER_HOSTNAMES="localhost",
-        ALLOW_MULTIPLE_LIBTPU_LOAD="1",
     )
-    command = [sys.executable, "-c", _PROGRAM]
-    done = subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE)
-    assert done.stdout.decode().split()[::2] == ["score", "update", "prefill", "decode"]
+    done = subprocess.run(
+        [sys.executable, "-c", _PROGRAM], check=True, env=environment, stdout=subprocess.PIPE
+    )
+    found = dict(json.loads(line) for line in done.stdout.decode().splitlines())
+    return {
+        name: [Sent(kind, tuple(dims), *rest) for kind, dims, *rest in all] for name, all in found.items()
+    }
+
+
+def of_vocabulary(sent: Sent) -> bool:
+    """Whether a dimension is that of the vocabulary, whole or a device's part (mesh.tensor is 2)."""
+    return bool({VOCABULARY, VOCABULARY // 2} & {*sent.dims})
+
+
+@pytest.mark.tpu
+def test_every_program_of_a_run_compiles_for_a_tpu_slice(programs):
+    assert list(programs) == ["score", "update", "prefill", "decode"]
+    assert all(programs.values())
+
+
+@pytest.mark.tpu
+def test_no_logits_are_gathered(programs):
+    """What is gathered or summed with the vocabulary among its sizes is a model's matrix, never a token's
+    logits. (To find the most likely tokens of a split vocabulary, devices exchange parts: an all-to-all.)"""
+    for name in ("score", "update"):
+        for sent in filter(of_vocabulary, programs[name]):
+            if sent.kind != "all-to-all":
+                others = [n for n in sent.dims if n not in (1, VOCABULARY, VOCABULARY // 2)]
+                assert others in ([WIDTH], [WIDTH // DEVICES]), (name, sent)
+                assert sent.kind != "collective-permute", (name, sent)
+
+
+@pytest.mark.tpu
+def test_unembeddings_are_gathered_once_for_a_micro_batch_and_not_for_each_of_its_chunks(programs):
+    """A micro-batch has 8 chunks, in each direction. What it needs: the unembeddings of student and teacher,
+    and the student's embedding, gathered once; the gradients of its two matrices summed once."""
+    sent = [each for each in programs["update"] if of_vocabulary(each)]
+    gathered = sum(each.times for each in sent if each.kind == "all-gather")
+    summed = sum(each.times for each in sent if each.kind in ("all-reduce", "reduce-scatter"))
+    assert 2 <= gathered <= 3 * MICRO_BATCHES, sent
+    assert 2 <= summed <= 2 * MICRO_BATCHES, sent
+
+
+@pytest.mark.tpu
+def test_no_tracked_matrix_is_gathered(programs):
+    """The forward pass gathers bfloat16 copies; the float32 matrices of the optimiser stay where they are."""
+    for sent in programs["update"]:
+        if sent.kind == "all-gather" and sent.width == 4:
+            assert len([n for n in sent.dims if n >= WIDTH // 2]) < 2, sent
