@@ -243,6 +243,9 @@ class OptimizerConfig:
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
+    mu_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the first moment; bfloat16 saves 2 of the 12 bytes that a trained weight has in the state. The
+    second moment stays float32: with b2 0.999 it falls by a thousandth a step, which bfloat16 rounds away."""
     weight_decay: float = 0.0
     clip_norm: float = 1.0
     """Largest global norm of the gradient; `.inf`: no clip."""
