@@ -57,8 +57,9 @@ class StudentConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Computation dtype; the trained weights and the optimiser's state stay float32."""
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
-    remat: bool = False
-    """Recompute each layer in the backward pass instead of storing its activations."""
+    remat: Literal["none", "block", "offload"] = "none"
+    """What the backward pass finds of the forward pass: all activations; each layer's input, the rest being
+    computed again; or the same with the inputs in the host's memory (TPU, GPU)."""
 
 
 @dataclass(frozen=True, kw_only=True)
