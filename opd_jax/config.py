@@ -57,8 +57,9 @@ class StudentConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Computation dtype; the trained weights and the optimiser's state stay float32."""
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
-    remat: bool = False
-    """Recompute each layer in the backward pass instead of storing its activations."""
+    remat: Literal["none", "block", "offload"] = "none"
+    """What the backward pass finds of the forward pass: all activations; each layer's input, the rest being
+    computed again; or the same with the inputs in the host's memory (TPU, GPU)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,6 +244,9 @@ class OptimizerConfig:
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
+    mu_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the first moment; bfloat16 saves 2 of the 12 bytes that a trained weight has in the state. The
+    second moment stays float32: with b2 0.999 it falls by a thousandth a step, which bfloat16 rounds away."""
     weight_decay: float = 0.0
     clip_norm: float = 1.0
     """Largest global norm of the gradient; `.inf`: no clip."""

@@ -13,7 +13,7 @@ from opd_jax import parallel
 from opd_jax._extras import require
 from opd_jax.models._attention import Implementation
 from opd_jax.models._config import DecoderConfig
-from opd_jax.models._decoder import Decoder
+from opd_jax.models._decoder import Decoder, Remat
 from opd_jax.models._files import FolderReader, read_json
 from opd_jax.models._gguf import GGUFReader
 from opd_jax.models._names import Parameter, parameters, replace_leaves
@@ -50,7 +50,7 @@ def load(
     dtype=None,
     mesh: Mesh | None = None,
     attention: Implementation = "auto",
-    remat: bool = False,
+    remat: Remat = "none",
 ) -> Decoder:
     """Loads a decoder from a Hugging Face folder, a hub id or a GGUF file.
 
@@ -91,7 +91,7 @@ def abstract(
     dtype=jnp.float32,
     *,
     attention: Implementation = "auto",
-    remat: bool = False,
+    remat: Remat = "none",
 ) -> Decoder:
     """A `Decoder` whose parameters are `jax.ShapeDtypeStruct`s: no memory, for ahead-of-time use."""
     if jnp.dtype(dtype) not in map(jnp.dtype, _DTYPES):

@@ -49,8 +49,8 @@ def _smaller_rollout(one: Any, run: Shapes) -> str:
 def _smaller_training(run: Shapes) -> str:
     config, mesh = run.config, run.mesh
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
-    if not config.student.remat:
-        return "student.remat true recomputes layers instead of storing them"
+    if config.student.remat == "none":
+        return "student.remat block recomputes layers instead of storing them"
     if config.batch_size // config.micro_batches > rows:
         return f"micro_batches {2 * config.micro_batches}: fewer rows at a time"
     tensor = mesh.shape["tensor"]

@@ -203,7 +203,7 @@ def load_model(name: str, model: Any, mesh: Mesh, display: Display, tokenizer: A
             dtype=jnp.dtype(model.dtype),
             mesh=mesh,
             attention=model.attention,
-            remat=getattr(model, "remat", False),
+            remat=getattr(model, "remat", "none"),
         )
     )
     if not getattr(model, "align", False):
