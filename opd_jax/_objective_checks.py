@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 SAMPLED = ("sampled_reverse_kl", "sampled_tail_reverse_kl", "extrapolated_reverse_kl")
 # What one of several teachers says besides its path.
-_CHOICES = {"dtype": ("float32", "bfloat16"), "attention": ("auto", "xla", "cudnn", "splash")}
+_CHOICES = {"dtype": ("float32", "bfloat16", "int8"), "attention": ("auto", "xla", "cudnn", "splash")}
 # Arguments that have a key of their own.
 _ELSEWHERE = {
     "k": "loss_top_k",

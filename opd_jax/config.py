@@ -66,7 +66,9 @@ class TeacherConfig:
     """The fixed model that is distilled (opd), or the reference of the KL term (grpo)."""
 
     path: str = ""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "int8"] = "float32"
+    """`int8`: every matrix is rounded to int8 while it is read, with a float32 scale per output channel; the
+    computation is bfloat16, at half of its memory."""
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
     context: str | None = None
     """Template of a privileged prompt that only the teacher sees: `{prompt}`, `{answer}`,
@@ -90,7 +92,8 @@ class ReferenceConfig:
 
     path: str = ""
     """Empty: the student as it starts."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "int8"] = "float32"
+    """See `teacher.dtype`."""
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
 
 

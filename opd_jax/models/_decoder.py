@@ -9,7 +9,7 @@ from jax import Array, lax
 
 from opd_jax.models._attention import Implementation, attend, cache_mask, check_implementation
 from opd_jax.models._config import DecoderConfig
-from opd_jax.models._layers import MLP, Linear, RMSNorm, lookup, project
+from opd_jax.models._layers import MLP, Linear, RMSNorm, lookup, lookup_int8, project, value
 from opd_jax.models._rope import apply_rope, rope_frequencies, rope_tables
 from opd_jax.parallel import ROWS, constrain, platform
 
@@ -111,6 +111,8 @@ class Decoder(nnx.Module):
         (1, 5, 32)
     """
 
+    embedding_scale = None  # [V] float32 where the embedding is int8, see `_int8`
+
     def __init__(
         self,
         config: DecoderConfig,
@@ -158,6 +160,11 @@ class Decoder(nnx.Module):
         hidden, cache = self.hidden_states(tokens, positions, cache, mask, prefill=prefill)
         return self.unembed(hidden), cache
 
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of the computation, and of all parameters that are not int8."""
+        return self.norm.scale.dtype
+
     def logits(self, tokens: Array) -> Array:
         """Logits [B, T, V] float32 of a causal pass over `tokens` [B, T]."""
         return self(tokens)[0]
@@ -204,7 +211,11 @@ class Decoder(nnx.Module):
         frequencies = rope_frequencies(config.head_width, config.rope_theta, config.rope_scaling)
         call = _Call(*rope_tables(positions, frequencies), mask, length, causal)
         embedding = constrain(self.embedding[...], "tensor", None)
-        x = constrain(lookup(embedding, tokens), ROWS)
+        if self.embedding_scale is None:
+            x = lookup(embedding, tokens)
+        else:
+            x = lookup_int8(embedding, self.embedding_scale[...], tokens, self.dtype)
+        x = constrain(x, ROWS)
         x, pair = self._run_layers(x, call, cache and (cache.k, cache.v))
         if cache is not None:
             cache = KVCache(*(constrain(c, None, ROWS, None, "tensor") for c in pair), length + new)
@@ -213,8 +224,8 @@ class Decoder(nnx.Module):
     def unembed(self, hidden: Array) -> Array:
         """Logits [..., V] float32 of hidden states [..., D]."""
         if self.head is None:
-            return project(hidden, self.embedding[...], transposed=True)
-        return project(hidden, self.head.kernel[...])
+            return project(hidden, self.embedding[...], transposed=True, scale=value(self.embedding_scale))
+        return self.head.project(hidden)
 
     def init_cache(self, batch: int, slots: int, dtype=None) -> KVCache:
         """An empty cache of `slots` tokens for each of `batch` rows.
@@ -224,7 +235,7 @@ class Decoder(nnx.Module):
         """
         c = self.config
         shape = (c.layers, batch, slots, c.kv_heads, c.head_width)
-        default = jnp.float32 if platform() == "cpu" else self.embedding.dtype
+        default = jnp.float32 if platform() == "cpu" else self.dtype
         dtype = dtype or default
         return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((), jnp.int32))
 
