@@ -25,6 +25,7 @@ __all__ = [
     "ReferenceConfig",
     "StudentConfig",
     "TeacherConfig",
+    "TeacherMeshConfig",
     "TokensConfig",
     "TrackConfig",
     "dump",
@@ -62,6 +63,15 @@ class StudentConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TeacherMeshConfig:
+    """Sizes of the axes of a teacher's own mesh."""
+
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
     """The fixed model that is distilled (opd), or the reference of the KL term (grpo)."""
 
@@ -84,6 +94,9 @@ class TeacherConfig:
     `opd-jax cache-teacher` writes it, `train` reads it and loads no teacher (lmbda: 0)."""
     cache_top_k: int = 64
     """Tokens kept there at each position; the mass of all others is one more."""
+    mesh: TeacherMeshConfig | None = None
+    """Devices of the teacher's own, such as {fsdp: 4}: the last data * fsdp * tensor of all; `mesh` is then
+    made of the others. Tokens go there, hidden states come back. None: it shares the student's."""
 
 
 @dataclass(frozen=True, kw_only=True)

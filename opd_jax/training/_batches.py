@@ -133,6 +133,8 @@ def _sample(setup, model, prompts, key, on_progress, limit: int | None = None) -
         stop_token_ids=setup.stops,
         on_progress=on_progress,
     )
+    if model is setup.teacher and config.teacher.mesh is not None:  # it wrote them on its own devices
+        sampled = jax.device_get(sampled)
     batch = rows._replace(
         completions=sampled.completions, mask=sampled.mask, rollout_log_probs=sampled.log_probs
     )

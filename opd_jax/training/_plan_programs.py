@@ -68,6 +68,11 @@ def shapes(config: Config, mesh: Mesh, prompt_tokens: int | None = None) -> Shap
         raise ValueError(
             "plan does not know how long a teacher's own tokens are: teacher.align is not planned"
         )
+    if config.teacher.mesh is not None:
+        raise ValueError(
+            "plan puts student and teacher on the same devices: teacher.mesh is not planned; leave it out, "
+            "with --teacher.mesh null"
+        )
     longest = prompt_tokens or config.data.max_prompt_length
     student = models.load_config(config.student.path)
     graphdef, params, frozen = _student(config, student, mesh)

@@ -42,6 +42,8 @@ NEUTRAL = (
     "evaluation.teacher",
     "checkpoint.",
     "mesh.",
+    "teacher.mesh",
+    "teacher.mesh.",
     "logging.",
 )
 

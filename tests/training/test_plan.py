@@ -8,13 +8,15 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
 import yaml
 
 from opd_jax import cli, config, models, training
 from opd_jax.config import MeshConfig
 from opd_jax.training import _plan
-from opd_jax.training._plan_programs import _forward
+from opd_jax.parallel import make_mesh
+from opd_jax.training._plan_programs import _forward, programs, shapes
 
 ROOT = Path(__file__).parents[2]
 DEMO = str(ROOT / "configs" / "demo.yaml")
@@ -64,11 +66,24 @@ def test_forward_flops_are_two_a_weight():
         (["--mesh.fsdp", "2"], "needs 2 devices, but there are 8; the nearest that works: --mesh.fsdp -1"),
         (["--batch_size", "12"], "12: so many rows do not spread evenly .* make it a multiple of 8"),
         (ALIGN, r"teacher\.align is not planned"),
+        (["--teacher.mesh.fsdp", "4"], r"teacher\.mesh is not planned"),
     ],
 )
 def test_what_does_not_fit_together(words, message):
     with pytest.raises(ValueError, match=message):
         training.plan(config.load(DEMO, words), jax.devices()[:8])
+
+
+def test_an_int8_teacher_is_planned(demo):
+    """Its weights are arguments as they are stored; its states, and the student, are what they would be."""
+    settings = config.load(DEMO, ["--teacher.dtype", "int8"])
+    run = shapes(settings, make_mesh(devices=jax.devices()[:8]))
+    score, update = list(programs(run))[2:]
+    weights = [leaf for leaf in jax.tree.leaves(score.arguments[0]) if leaf.dtype == jnp.int8]
+    assert len(weights) == 9 and update.arguments[3][0].dtype == jnp.bfloat16
+    compiled = score.lower(None).compile().memory_analysis().argument_size_in_bytes
+    before = next(each for each in demo[0].programs if each.name == "score").arguments  # float32
+    assert compiled < 0.3 * before
 
 
 def test_an_axis_that_does_not_divide(tmp_path):
