@@ -299,9 +299,10 @@ def keys(cls: type, prefix: str = "") -> Iterator[str]:
     """All dotted keys of a dataclass tree."""
     hints = get_type_hints(cls)
     for each in fields(cls):
-        if section := _section(hints[each.name]):
+        section = _section(hints[each.name])
+        if section:
             yield from keys(section, f"{prefix}{each.name}.")
-        else:
+        if section is not hints[each.name]:  # a plain value, or a section that may be null
             yield prefix + each.name
 
 
