@@ -1,10 +1,12 @@
 """opd-jax train | plan | cache-teacher | analyze | intervene | evaluate | generate."""
 
+import argparse
 import json
 import logging
 import os
 import shlex
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -36,7 +38,21 @@ _TRAIN_USAGE = """usage: opd-jax train CONFIG [--run_dir DIR] [--dotted.key VALU
 Runs the config in DIR (default: runs/<name of CONFIG>). The same command again goes on with a stopped run.
 Every key of the config can be given: --steps 10, --student.path PATH, --data.options.seed 3.
 Keys are documented in opd_jax/config.py; examples are in configs/.
+
+On many hosts, the same command on each, with DIR on a file system that all share:
+  --distributed                       on Cloud TPU, SLURM and Kubernetes, which tell who takes part
+  --coordinator_address HOST:PORT --num_processes N --process_id I
+                                      elsewhere; HOST is that of process 0
+  --initialization_timeout 300        seconds to wait for all at the start
+  --heartbeat_timeout_seconds 100     without a sign of life from a process, all others end
 """
+_HOSTS = {
+    "coordinator_address": str,
+    "num_processes": int,
+    "process_id": int,
+    "initialization_timeout": int,
+    "heartbeat_timeout_seconds": int,
+}
 
 
 _RESUMES = ("train", "cache-teacher", "intervene")
@@ -66,6 +82,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _guarded(command: Callable[[list[str]], None], argv: list[str]) -> int:
     """Runs a command; what a user can mend is told in words, anything else as a traceback."""
+    from opd_jax import parallel
     from opd_jax.training import Interrupted, TrainingError
 
     try:
@@ -73,16 +90,24 @@ def _guarded(command: Callable[[list[str]], None], argv: list[str]) -> int:
         return 0
     except Interrupted as stopped:
         print(f"{stopped}. To go on:\n  opd-jax {shlex.join(argv)}", file=sys.stderr)
+        parallel.leave(stopped)
         return 130
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         go_on = f". To go on:\n  opd-jax {shlex.join(argv)}" * (argv[0] in _RESUMES)
         print(f"stopped at once{go_on}", file=sys.stderr)
+        parallel.leave(stopped)
         return 130
     except (ValueError, OSError, ImportError, TrainingError) as error:
         if os.environ.get("OPD_JAX_TRACEBACK"):
-            raise
+            traceback.print_exc()
         print(f"error: {error}\n(OPD_JAX_TRACEBACK=1 shows where)", file=sys.stderr)
+        parallel.leave(error)
         return 1
+    except Exception as error:
+        if parallel.several():
+            traceback.print_exc()
+            parallel.leave(error)
+        raise
 
 
 _CACHE_USAGE = """usage: opd-jax cache-teacher CONFIG [--dotted.key VALUE ...]
@@ -129,12 +154,29 @@ def _intervene(argv: list[str]) -> None:
 
 def _train(argv: list[str]) -> None:
     _no_config(argv, _TRAIN_USAGE)
-    from opd_jax import config, training
+    from opd_jax import config, parallel, training
 
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax: pages of what we say in a line
-    settings = config.load(argv[0], argv[1:])
+    overrides = _join(argv[1:])
+    settings = parallel.together(lambda: config.load(argv[0], overrides))
     result = training.train(settings)
-    print(_summary(result, settings.data.chat))
+    if parallel.is_first():
+        print(_summary(result, settings.data.chat))
+
+
+def _join(words: list[str]) -> list[str]:
+    """Joins the other processes of a run, if the words ask for it; gives the words that are left."""
+    from opd_jax import parallel
+
+    parser = argparse.ArgumentParser(prog="opd-jax train", allow_abbrev=False, add_help=False)
+    parser.add_argument("--distributed", action="store_true")
+    for name, kind in _HOSTS.items():
+        parser.add_argument(f"--{name}", type=kind)
+    given, rest = parser.parse_known_args(words)
+    asked = {name: value for name in _HOSTS if (value := getattr(given, name)) is not None}
+    if given.distributed or asked:
+        parallel.start(**asked)
+    return rest
 
 
 def _summary(result, chat: str) -> str:

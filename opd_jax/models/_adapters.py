@@ -12,7 +12,8 @@ from opd_jax._extras import require
 from opd_jax.models._decoder import Decoder
 from opd_jax.models._files import FolderReader, inside, read_json
 from opd_jax.models._lora import Target, adapted, attach, check_plain, check_rank, find, layout, modules
-from opd_jax.models._save import _replacing, _to_host, _umask, _write_json
+from opd_jax.models._save import _replacing, _umask, _write_json
+from opd_jax.parallel import is_first, to_host
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -72,10 +73,10 @@ def save_lora(model: Decoder, path: str | Path, *, base: str | Path | None = Non
     for target in targets:
         adapter = find(model, target.path).adapter
         for part, leaf in (("A", adapter.lora_a), ("B", adapter.lora_b)):
-            stacked = _to_host(leaf.get_value())
+            stacked = to_host(leaf.get_value())
             for name, matrix in zip(target.hf_names, stacked, strict=True):
                 tensors[_tensor(name, part)] = np.ascontiguousarray(matrix.T)
-    if jax.process_index() != 0:
+    if not is_first():
         return
     with _replacing(path) as folder:
         safetensors = require("safetensors.numpy")

@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -21,6 +20,7 @@ from opd_jax.models._int8 import is_int8
 from opd_jax.models._lora import LoRAParam
 from opd_jax.models._names import Parameter, parameters
 from opd_jax.models._tokenizer import load_tokenizer
+from opd_jax.parallel import is_first, to_host
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -65,7 +65,7 @@ def save(model: Decoder, path: str | Path, *, max_shard_bytes: int = 5 * 2**30) 
     _check_replaceable(path)
     _, params = nnx.split(model, nnx.Param)
     plan = _plan(model, params, max_shard_bytes)
-    writer = jax.process_index() == 0
+    writer = is_first()
     with _replacing(path) if writer else contextlib.nullcontext() as folder:
         _write_weights(folder, params, plan)
         if folder is not None:
@@ -101,7 +101,7 @@ def _write_weights(folder: Path | None, params: nnx.State, plan: list) -> None:
         tensors = {}
         for name, parameter, layer in shard:
             value = leaves[parameter.path]
-            value = _to_host(value[layer] if parameter.stacked else value)
+            value = to_host(value[layer] if parameter.stacked else value)
             value = value.T if parameter.transposed else value
             tensors[name] = np.ascontiguousarray(value)
             weight_map[name] = file
@@ -112,14 +112,6 @@ def _write_weights(folder: Path | None, params: nnx.State, plan: list) -> None:
             (folder / file).chmod(0o666 & ~_umask())  # safetensors leaves it to the owner alone.
     if folder is not None and len(plan) > 1:
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-
-
-def _to_host(value: jax.Array) -> np.ndarray:
-    if value.is_fully_addressable:
-        return np.asarray(value)
-    from jax.experimental import multihost_utils
-
-    return np.asarray(multihost_utils.process_allgather(value, tiled=True))
 
 
 def _write_rest(folder: Path, model: Decoder) -> None:

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from opd_jax.models._protocol import LanguageModel, hidden_states, unembed
-from opd_jax.parallel import batch_sharding
+from opd_jax.parallel import any_of, batch_sharding, place, to_host
 from opd_jax.rollout._sampling import Sampling, sample
 
 _SEGMENT = 32  # decode steps between two looks of the host (stop strings, progress)
@@ -49,7 +49,7 @@ class Rollout(NamedTuple):
     @property
     def finish_reasons(self) -> list[str]:
         """`length`, `eos` or `stop` of each row."""
-        return [_REASONS[f] for f in np.asarray(self.finish)]
+        return [_REASONS[f] for f in to_host(self.finish)]
 
 
 class _State(NamedTuple):
@@ -145,7 +145,7 @@ def generate(
                 state = _end_at_strings(state, done, stop_strings, tokenizer)
                 if on_progress is not None:
                     on_progress(done)
-            if watched and not np.any(np.asarray(state.finish) < 0):
+            if watched and not any_of(state.finish < 0):
                 break
             done = min(done + _SEGMENT, limit) if watched else limit
             state = _decode(params, state, tokens, lengths, key, rows, stops, done, **static)
@@ -199,7 +199,7 @@ def _place(batch: tuple, params: Any) -> tuple:
             sharding.shard_shape(batch[1].shape)
         except ValueError:
             sharding = NamedSharding(mesh, PartitionSpec())
-    return jax.device_put(batch, sharding)
+    return place(batch, sharding)
 
 
 def _beside(key: jax.Array, params: Any) -> jax.Array:
@@ -278,7 +278,7 @@ def _end_at_strings(state: _State, done: int, stop_strings, tokenizer) -> _State
     """Ends rows whose text contains a stop string, at the token that completes it."""
     if not stop_strings:
         return state
-    tokens, lengths, finish = (np.array(a) for a in (state.tokens, state.lengths, state.finish))
+    tokens, lengths, finish = map(np.array, to_host((state.tokens, state.lengths, state.finish)))
 
     def contains(row, count):
         text = tokenizer.decode(tokens[row, :count].tolist())
@@ -294,8 +294,7 @@ def _end_at_strings(state: _State, done: int, stop_strings, tokenizer) -> _State
             low, high = (low, middle) if contains(row, middle) else (middle, high)
         lengths[row], finish[row] = high, 2
     return state._replace(
-        lengths=jax.device_put(lengths, state.lengths.sharding),
-        finish=jax.device_put(finish, state.finish.sharding),
+        lengths=place(lengths, state.lengths.sharding), finish=place(finish, state.finish.sharding)
     )
 
 

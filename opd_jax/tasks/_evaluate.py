@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from opd_jax import rollout
+from opd_jax import parallel, rollout
 from opd_jax.rollout import Sampling
 from opd_jax.tasks._prompts import Prompts
 from opd_jax.tasks._render import decode
@@ -172,18 +172,23 @@ def _check(prompts: Prompts, samples, batch_size, pass_k, context) -> None:
 
 def _verify(prompts: Prompts, examples, tokens, lengths, result) -> list[Record]:
     """Records of the first len(examples) rows."""
-    completions, counts = np.asarray(result.completions), np.asarray(result.lengths)
+    completions, counts = parallel.to_host((result.completions, result.lengths))
     finish = result.finish_reasons
     rows = range(len(examples))
     texts = decode(prompts.tokenizer, [completions[i, : counts[i]] for i in rows])
-    records = []
-    for i, example, text in zip(rows, examples, texts, strict=True):
-        reward = float(prompts.task.verify(text, example))
+
+    def verify(i: int) -> float:
+        reward = float(prompts.task.verify(texts[i], examples[i]))
         if not 0 <= reward <= 1:  # NaN too
             raise ValueError(
                 f"the verifier of {prompts.task.name!r} gave the reward {reward}, which is not "
-                f"within [0, 1], to {text!r:.80}"
+                f"within [0, 1], to {texts[i]!r:.80}"
             )
+        return reward
+
+    rewards, records = parallel.shared(verify, len(rows)), []
+    for i, example, text in zip(rows, examples, texts, strict=True):
+        reward = float(rewards[i])
         prompt = prompts.tokenizer.decode(tokens[i, : lengths[i]].tolist())
         records.append(Record(prompt, text, reward, example, int(counts[i]), finish[i]))
     return records

@@ -17,7 +17,7 @@ class PromptBatch(NamedTuple):
     """B prompts; token arrays are right padded.
 
     Attributes:
-        examples: B examples.
+        examples: B examples, read when they are looked at.
         ids: [B] int64, their indices in the task.
         tokens: [B, P] int32.
         lengths: [B] int32.
@@ -27,7 +27,7 @@ class PromptBatch(NamedTuple):
         completion_lengths: [B] int32 or None.
     """
 
-    examples: tuple[Example, ...]
+    examples: Sequence[Example]
     ids: np.ndarray
     tokens: np.ndarray
     lengths: np.ndarray
@@ -35,6 +35,19 @@ class PromptBatch(NamedTuple):
     context_lengths: np.ndarray | None = None
     completions: np.ndarray | None = None
     completion_lengths: np.ndarray | None = None
+
+
+class _Examples(Sequence):
+    """Some of a task's examples; of many processes, each reads those that it verifies."""
+
+    def __init__(self, task: Task, ids: np.ndarray):
+        self._task, self._ids = task, ids
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __getitem__(self, i):
+        return _Examples(self._task, self._ids[i]) if isinstance(i, slice) else self._task[int(self._ids[i])]
 
 
 class _Rows:
@@ -200,7 +213,7 @@ class Prompts:
         """The batch of the given positions among the kept examples (0 <= row < len(self))."""
         rows = np.asarray(rows)
         ids = self.kept[rows]
-        batch = PromptBatch(tuple(self.task[int(i)] for i in ids), ids, *self._prompts.take(rows))
+        batch = PromptBatch(_Examples(self.task, ids), ids, *self._prompts.take(rows))
         if self._contexts is not None:
             tokens, lengths = self._contexts.take(rows)
             batch = batch._replace(context_tokens=tokens, context_lengths=lengths)

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from opd_jax import losses, rollout, tasks
-from opd_jax.parallel import batch_sharding
+from opd_jax.parallel import batch_sharding, place, shared, to_host
 from opd_jax.training._objectives import token_weights
 from opd_jax.training._setup import Setup
 from opd_jax.training._step import Batch
@@ -51,14 +51,14 @@ def make_batch(
     mask = np.asarray(batch.mask)
     weights = np.asarray(token_weights(mask, config))
     metrics |= {"tokens": int(mask.sum()), "completion_length": float(mask.sum(-1).mean())}
-    return jax.device_put(batch._replace(weights=weights), batch_sharding(setup.mesh)), metrics
+    return place(batch._replace(weights=weights), batch_sharding(setup.mesh)), metrics
 
 
 def weigh(setup: Setup, batch: Batch, measured: dict[str, jax.Array]) -> tuple[Batch, dict[str, float]]:
     """Cuts completions and weighs tokens by what the two models say of them (`make_measure`)."""
     tokens, stop, metrics = setup.config.tokens, setup.config.early_stop, {}
-    measured = {name: np.asarray(value) for name, value in measured.items()}
-    mask = whole = np.asarray(batch.mask)
+    measured = to_host(measured)
+    mask = whole = to_host(batch.mask)
     if stop.overlap:
         keep = losses.overlap_stop(measured["top16_overlap"], stop.window, stop.overlap, where=mask)
         mask = mask & (np.arange(mask.shape[1]) < np.asarray(keep)[:, None])
@@ -70,8 +70,8 @@ def weigh(setup: Setup, batch: Batch, measured: dict[str, jax.Array]) -> tuple[B
         advantages = measured["teacher_log_probs"] - measured["student_log_probs"]
         weights = weights * np.asarray(losses.prefix_drift_weights(advantages, tokens.strength, mask))
     metrics |= {"tokens": int(whole.sum()), "counted_tokens": int(mask.sum())}
-    placed = jax.device_put((mask, weights), batch_sharding(setup.mesh))
-    return batch._replace(mask=placed[0], weights=placed[1]), metrics
+    mask, weights = place((mask, weights), batch_sharding(setup.mesh))
+    return batch._replace(mask=mask, weights=weights), metrics
 
 
 def _on_policy(setup: Setup, key: jax.Array) -> bool:
@@ -133,12 +133,11 @@ def _sample(setup, model, prompts, key, on_progress, limit: int | None = None) -
         stop_token_ids=setup.stops,
         on_progress=on_progress,
     )
-    if model is setup.teacher and config.teacher.mesh is not None:  # it wrote them on its own devices
-        sampled = jax.device_get(sampled)
-    batch = rows._replace(
-        completions=sampled.completions, mask=sampled.mask, rollout_log_probs=sampled.log_probs
+    completions, mask, log_probs, finish = to_host(
+        (sampled.completions, sampled.mask, sampled.log_probs, sampled.finish)
     )
-    return _Drawn(batch, np.asarray(sampled.finish))
+    batch = rows._replace(completions=completions, mask=mask, rollout_log_probs=log_probs)
+    return _Drawn(batch, finish)
 
 
 def _ends(finish: np.ndarray) -> dict[str, float]:
@@ -162,7 +161,6 @@ def _rewarded(setup, params, step, key, on_progress) -> tuple[Batch, dict[str, f
         prompts = setup.prompts[step + turn * _REFILL]
         round_key = key if turn == 0 else jax.random.fold_in(jax.random.fold_in(key, _ROUND), turn)
         batch, finish = _sample(setup, model, prompts, round_key, on_progress, limit)
-        batch = jax.tree.map(np.asarray, batch)
         correct = _rewards(setup, prompts, batch.completions, batch.mask)
         rewards = correct
         if config.overlong_buffer:
@@ -194,9 +192,12 @@ def _rewarded(setup, params, step, key, on_progress) -> tuple[Batch, dict[str, f
 def _rewards(setup: Setup, prompts: tasks.PromptBatch, completions, mask) -> np.ndarray:
     """The verifier's opinion of each completion, [B] float32."""
     task, n = setup.prompts.task, setup.config.samples_per_prompt
-    texts = tasks.decode(setup.tokenizer, [c[m] for c, m in zip(completions, mask, strict=True)])
-    rewards = [task.verify(text, prompts.examples[i // n]) for i, text in enumerate(texts)]
-    for text, reward in zip(texts, rewards, strict=True):
+
+    def verify(i: int) -> float:
+        (text,) = tasks.decode(setup.tokenizer, [completions[i][mask[i]]])
+        reward = task.verify(text, prompts.examples[i // n])
         if not np.isfinite(reward):
             raise ValueError(f"the verifier of {task.name!r} gave the reward {reward} to {text!r:.80}")
-    return np.asarray(rewards, np.float32)
+        return reward
+
+    return shared(verify, len(completions))

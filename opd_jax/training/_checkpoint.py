@@ -9,12 +9,14 @@ import json
 import logging
 import shutil
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from opd_jax import parallel
 from opd_jax._extras import require
 from opd_jax.training._errors import CheckpointError
 
@@ -60,8 +62,10 @@ class Checkpoints:
 
     @property
     def steps(self) -> list[int]:
-        """Steps that are on disk whole, in order; orbax's own list counts those being written."""
-        return sorted(int(path.name) for path in self._folder.iterdir() if path.name.isdigit())
+        """Steps that are on disk whole, in order, as process 0 sees them; orbax's own list counts those being
+        written."""
+        found = sorted(int(path.name) for path in self._folder.iterdir() if path.name.isdigit())
+        return parallel.of_first(found)
 
     def save(self, step: int, state: Any, record: dict[str, Any]) -> None:
         """Starts writing `state` (a pytree of arrays) and `record` (JSON); returns before it is on disk.
@@ -73,7 +77,7 @@ class Checkpoints:
         arrays = _flatten(state)
         need = sum(a.nbytes for a in arrays.values())
         free = shutil.disk_usage(self._folder).free
-        if free < need:
+        if parallel.anybody(free < need):
             raise CheckpointError(
                 f"no room for the checkpoint of step {step} in {self._folder}: it takes {need / 1e6:.1f} MB, "
                 f"{free / 1e6:.1f} MB are free"
@@ -83,23 +87,15 @@ class Checkpoints:
             {"record": record, "arrays": {name: [_kind(a), sums[name]] for name, a in arrays.items()}}
         )
         self.check()
-        try:
-            self._manager.save(
-                step,
-                args=self._ocp.args.Composite(
-                    state=self._ocp.args.StandardSave(arrays),
-                    record=self._ocp.args.JsonSave({"body": body, "crc32": zlib.crc32(body.encode())}),
-                ),
-            )
-        except Exception as error:  # orbax and tensorstore raise many kinds
-            raise self._failed(error) from error
+        args = self._ocp.args.Composite(
+            state=self._ocp.args.StandardSave(arrays),
+            record=self._ocp.args.JsonSave({"body": body, "crc32": zlib.crc32(body.encode())}),
+        )
+        self._all(lambda: self._manager.save(step, args=args))
 
     def check(self) -> None:
         """Raises CheckpointError if writing in the background has failed since the last call."""
-        try:
-            self._manager.check_for_errors()
-        except Exception as error:
-            raise self._failed(error) from error
+        self._all(self._manager.check_for_errors)
 
     def wait(self) -> None:
         """Returns when everything is on disk.
@@ -107,15 +103,19 @@ class Checkpoints:
         Raises:
             CheckpointError: if a write failed.
         """
-        try:
-            self._manager.wait_until_finished()
-        except Exception as error:
-            raise self._failed(error) from error
+        self._all(self._manager.wait_until_finished)
         self.check()
+
+    def _all(self, call: Callable[[], Any]) -> None:
+        """Calls it on every process; where it fails on one, it has failed for all."""
+        try:
+            parallel.together(call)
+        except Exception as error:  # orbax and tensorstore raise many kinds
+            raise self._failed(error) from error
 
     def _failed(self, error: Exception) -> CheckpointError:
         """Clears away what a failed write left, which may be what fills the disk."""
-        for part in self._folder.glob("*.orbax-checkpoint-tmp*"):
+        for part in self._folder.glob("*.orbax-checkpoint-tmp*") if parallel.is_first() else ():
             shutil.rmtree(part, ignore_errors=True)
         return CheckpointError(_short(f"writing a checkpoint to {self._folder} failed", error))
 
@@ -132,13 +132,15 @@ class Checkpoints:
         wrong = []
         for step in reversed(self.steps):
             try:
-                state, record = self._restore(step, like)
+                state, record = parallel.together(lambda step=step: self._restore(step, like))
             except Exception as error:
                 wrong.append((step, _short(f"step {step}", error)))
                 _log.warning("checkpoint of %s; trying the one before", wrong[-1][1])
                 continue
-            for damaged, _ in wrong:  # out of the way of the new checkpoint of that step
-                self._set_aside(damaged)
+            if parallel.is_first():
+                for damaged, _ in wrong:  # out of the way of the new checkpoint of that step
+                    self._set_aside(damaged)
+            parallel.of_first(None)  # the others wait for it
             self._manager.reload()
             return step, state, record
         if wrong:

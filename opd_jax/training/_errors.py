@@ -4,6 +4,8 @@
 class TrainingError(RuntimeError):
     """The run cannot go on; what was trained is saved, or the message says what is not."""
 
+    everywhere = True  # all processes of a run come to it
+
 
 class CheckpointError(TrainingError):
     """A checkpoint could not be written, or none could be read."""
@@ -11,3 +13,5 @@ class CheckpointError(TrainingError):
 
 class Interrupted(Exception):
     """The run was asked to stop, and everything is saved."""
+
+    everywhere = True

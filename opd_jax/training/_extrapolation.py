@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from opd_jax import rollout, tasks
-from opd_jax.parallel import batch_sharding
+from opd_jax.parallel import batch_sharding, first_then_others, is_first, of_first, place, to_host
 from opd_jax.training._batches import for_teachers
 from opd_jax.training._run import RunFolder, write_atomic
 from opd_jax.training._setup import Setup
@@ -91,7 +91,7 @@ class Extrapolation:
 
     def _fixed_rollouts(self, folder: RunFolder, params: Any) -> Batch:
         path, prompts = folder.path / _FILE, self._prompts.take(np.arange(len(self._prompts)))
-        if not path.exists():
+        if not of_first(path.exists()):
             sampled = rollout.generate(
                 self._setup.model(params),
                 prompts.tokens,
@@ -101,21 +101,21 @@ class Extrapolation:
                 stop_token_ids=self._setup.stops,
                 on_progress=lambda _: self._check_stop(),
             )
-            data = io.BytesIO()
-            np.savez(data, completions=np.asarray(sampled.completions), mask=np.asarray(sampled.mask))
-            write_atomic(path, data.getvalue())
+            completions, mask, data = *to_host((sampled.completions, sampled.mask)), io.BytesIO()
+            np.savez(data, completions=completions, mask=mask)
+            first_then_others(lambda: write_atomic(path, data.getvalue()) if is_first() else None)
         with np.load(path, allow_pickle=False) as saved:
             batch = Batch(prompts.tokens, prompts.lengths, saved["completions"], saved["mask"])
         # The prompts' own ids are places in the subset.
         batch = for_teachers(self._setup, batch, prompts._replace(ids=self._prompts.task.ids[prompts.ids]))
-        return jax.device_put(batch, batch_sharding(self._setup.mesh))
+        return place(batch, batch_sharding(self._setup.mesh))
 
     def _kl_score(self, params: Any) -> np.ndarray:
         """-KL(student || teacher) of each rollout, such that their mean is the mean over tokens."""
         self._check_stop()
         state = State(params, None)
         kl = self._setup.scorer.measure(state, self._teachers, self._batch, self._hidden)["kl"]
-        mask = np.asarray(self._batch.mask)
+        kl, mask = to_host((kl, self._batch.mask))
         self.tokens += int(mask.sum())
         return -np.where(mask, kl, 0).sum(-1) * len(mask) / max(mask.sum(), 1)
 
@@ -137,7 +137,7 @@ class Extrapolation:
         """Mean KL(candidate || params) on the fixed rollouts, nats a token."""
         hidden, frozen = self._own_score(params, self._batch, self._setup.frozen), self._setup.frozen
         kl = self._own_measure(candidate, (params,), self._batch, (hidden,), frozen)["kl"]
-        mask = np.asarray(self._batch.mask)
+        kl, mask = to_host((kl, self._batch.mask))
         self.tokens += 2 * int(mask.sum())
         return float(np.where(mask, kl, 0).sum() / max(mask.sum(), 1))
 

@@ -11,6 +11,7 @@ from typing import Any, TextIO
 
 from opd_jax._extras import require
 from opd_jax.config import Config
+from opd_jax.parallel import is_first
 from opd_jax.training._run import RunFolder
 
 # Metrics shown in the terminal: name in the metrics, label, format.
@@ -54,7 +55,7 @@ class Loggers:
 
     def __init__(self, run_folder: RunFolder, config: Config, start: int = 0):
         self._run_folder, self._tensorboard, self._wandb = run_folder, None, None
-        tensorboard, wandb = require_loggers(config)
+        tensorboard, wandb = require_loggers(config) if is_first() else (None, None)
         if run_folder.resumed:
             run_folder.truncate(start)
         if tensorboard:
@@ -109,6 +110,7 @@ class Display:
         total: steps of the run.
         file: where to write; None: standard output.
         interval: least seconds between two lines of progress without a terminal.
+        quiet: show nothing (of many processes, one speaks).
 
     Example:
         with Display(total=100) as display:
@@ -119,8 +121,8 @@ class Display:
             display.print("saved")
     """
 
-    def __init__(self, total: int, *, file: TextIO | None = None, interval: float = 5.0):
-        self._total, self._file, self._interval = total, file, interval
+    def __init__(self, total: int, *, file: TextIO | None = None, interval: float = 5.0, quiet: bool = False):
+        self._total, self._file, self._interval, self._quiet = total, file, interval, quiet
         self._kept: dict[str, float] = {}
         self._steps_begun = False
         self._clock = _Clock(total)
@@ -131,7 +133,7 @@ class Display:
 
     def __enter__(self) -> "Display":
         file = self._file or sys.stdout
-        if file.isatty():
+        if file.isatty() and not self._quiet:
             self._bar = _rich_bar(file)
             self._bar.start()
         return self
@@ -228,7 +230,8 @@ class Display:
         return True
 
     def _line(self, text: str) -> None:
-        print(text.rstrip(), file=self._file or sys.stdout, flush=True)
+        if not self._quiet:
+            print(text.rstrip(), file=self._file or sys.stdout, flush=True)
 
 
 class _Clock:

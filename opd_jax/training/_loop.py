@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from opd_jax import models, tasks
+from opd_jax import models, parallel, tasks
 from opd_jax.config import Config
 from opd_jax.rollout import Sampling
 from opd_jax.training._batches import make_batch, weigh
@@ -23,7 +23,7 @@ from opd_jax.training._logging import Display, Loggers, require_loggers
 from opd_jax.training._memory import memory_table
 from opd_jax.training._process import Clock, on_signal
 from opd_jax.training._result import Result
-from opd_jax.training._run import RunFolder
+from opd_jax.training._run import RunFolder, open_folder
 from opd_jax.training._setup import Setup, prepare, still
 from opd_jax.training._step import Batch, State
 
@@ -45,8 +45,8 @@ def train(config: Config) -> Result:
         TrainingError: if too many steps in a row were not finite, the last checkpoint could not be
             written or none could be read, or another process is using the folder.
     """
-    config.validate()
-    with RunFolder(config.run_dir, config) as folder, Display(config.steps) as display:
+    parallel.together(config.validate)
+    with open_folder(config) as folder, Display(config.steps, quiet=not parallel.is_first()) as display:
         for notice in folder.notices:
             display.print(notice)
         require_loggers(config)
@@ -153,8 +153,8 @@ class _Run:
                 raise Interrupted(
                     f"stopped after step {self.step} of {self.config.steps}; everything is saved"
                 ) from None
-            except BaseException:
-                self._rescue()
+            except BaseException as error:
+                self._rescue(error)
                 raise
             finally:
                 self.loggers.close()
@@ -220,7 +220,9 @@ class _Run:
         self.display.print(
             f"step {self.step}: the loss or its gradient is not finite; skipped, batch in {path}"
         )
-        np.savez(path, **{k: np.asarray(v) for k, v in batch._asdict().items() if v is not None})
+        arrays = parallel.to_host({k: v for k, v in batch._asdict().items() if v is not None})
+        if parallel.is_first():
+            np.savez(path, **arrays)
 
     def _write(self, write: Callable[..., None], *args: Any) -> None:
         """Calls `write`; a full disk costs lines of a log, not the run."""
@@ -359,8 +361,11 @@ class _Run:
                 + "; make room and run the same command again to go on from there"
             ) from error
 
-    def _rescue(self) -> None:
-        """After anything unforeseen: saves the last good state, unless a failed step has given it away."""
+    def _rescue(self, error: BaseException) -> None:
+        """After anything unforeseen: saves the last good state, unless a failed step has given it away, or
+        other processes know nothing of it and would not take part."""
+        if jax.process_count() > 1 and not getattr(error, "everywhere", False):
+            return
         try:
             if not any(leaf.is_deleted() for leaf in jax.tree.leaves(self.state)):
                 self._save_at_end()
@@ -386,5 +391,5 @@ class _Run:
         os.write(2, b"\nstopping; once more to stop at once\n")
 
     def _check_stop(self) -> None:
-        if self.stop:
+        if parallel.anybody(self.stop):
             raise Interrupted

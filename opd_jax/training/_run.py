@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+import uuid
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from importlib import metadata
@@ -21,9 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from opd_jax import config as _config
+from opd_jax import parallel
 from opd_jax._config_io import flatten, parse
 from opd_jax.training._errors import TrainingError
 
+_LOCK = ".lock"
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
 
 # A resumed run may change these: they leave the trained weights as they are, up to the rounding
@@ -51,6 +54,8 @@ NEUTRAL = (
 class RunFolder:
     """A locked folder that holds one run; opening it again resumes the run.
 
+    Of many processes the first writes; the others look whether they see what it has written.
+
     Args:
         path: the folder; made if it does not exist.
         config: the resolved config. If the folder holds a checkpoint, it must be the same run:
@@ -72,6 +77,10 @@ class RunFolder:
         self.model = self.path / "model"
         self.notices: list[str] = []
         self._files: dict[str, _Lines] = {}
+        self._lock, self._writes = None, parallel.is_first()
+        if not self._writes:
+            self.resumed = _holds(self.checkpoints) or self.model.exists()
+            return
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"run_dir {self.path} is a file; name a folder")
         self._refuse_foreign()
@@ -105,23 +114,31 @@ class RunFolder:
 
     def write_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Appends one line to metrics.jsonl; what is not finite becomes null."""
+        if not self._writes:
+            return
         values = {key: float(value) for key, value in metrics.items()}
         self._append("metrics.jsonl", {"step": int(step), "time": round(time.time(), 3), **values})
 
     def write_samples(self, step: int, samples: Iterable[Mapping[str, Any]]) -> None:
         """Appends completions to samples.jsonl, one line each."""
-        for sample in samples:
+        for sample in samples if self._writes else ():
             self._append("samples.jsonl", {"step": int(step), **sample})
 
     def truncate(self, step: int) -> None:
         """Drops what was written after `step`: call it with the step of the restored checkpoint."""
-        for name in ("metrics.jsonl", "samples.jsonl"):
+        for name in ("metrics.jsonl", "samples.jsonl") if self._writes else ():
             if name in self._files:
                 self._files.pop(name).close()
             path = self.path / name
             if path.exists():
                 kept = [line for line in read_jsonl(path) if line.get("step", 0) <= step]
                 write_atomic(path, "".join(_json(line) for line in kept))
+
+    @property
+    def token(self) -> str:
+        """Who holds the folder, in words of this start alone; empty if there is no such folder."""
+        path = self.path / _LOCK
+        return path.read_text() if path.exists() else ""
 
     def _append(self, name: str, record: Mapping[str, Any]) -> None:
         if name not in self._files:
@@ -131,7 +148,7 @@ class RunFolder:
     def _refuse_foreign(self) -> None:
         if not self.path.is_dir() or (self.path / "config.yaml").exists():
             return
-        found = sorted(each.name for each in self.path.iterdir() if each.name != ".lock")
+        found = sorted(each.name for each in self.path.iterdir() if each.name != _LOCK)
         if found:
             raise ValueError(
                 f"run_dir {self.path} is not empty and holds no run (no config.yaml, but "
@@ -172,10 +189,47 @@ class RunFolder:
         write_atomic(path, json.dumps([*starts, now], indent=2) + "\n")
 
 
+def open_folder(config: "_config.Config") -> RunFolder:
+    """The run folder of a config, opened by every process of a run.
+
+    Raises:
+        ValueError: also if the processes' configs or packages differ, or they do not share the folder.
+    """
+    parallel.same_everywhere(flatten(parse(_config.dump(config), "the config")[0]) | _versions())
+    folder = parallel.first_then_others(lambda: RunFolder(config.run_dir, config))
+    try:
+        token = parallel.of_first(folder.token)
+        parallel.together(lambda: _see(folder, token))
+    except BaseException:
+        folder.close()
+        raise
+    return folder
+
+
+def _see(folder: RunFolder, token: str) -> None:
+    if folder.token != token:
+        raise ValueError(
+            f"{socket.gethostname()} does not see what {token.partition(chr(10))[0]} has written to run_dir "
+            f"{folder.path}: it must be on a file system that all hosts share"
+        )
+
+
 def environment() -> dict[str, Any]:
     """Versions, devices, command line and git state of this process."""
     import jax
 
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "argv": sys.argv,
+        "versions": _versions(),
+        "platform": platform.platform(),
+        "devices": dict(Counter(device.device_kind for device in jax.devices())),
+        "processes": jax.process_count(),
+        "git": git_state(Path(__file__).parent),
+    }
+
+
+def _versions() -> dict[str, str | None]:
     from opd_jax import __version__
 
     versions = {"python": platform.python_version(), "opd_jax": __version__}
@@ -184,15 +238,7 @@ def environment() -> dict[str, Any]:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             versions[name] = None
-    return {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "argv": sys.argv,
-        "versions": versions,
-        "platform": platform.platform(),
-        "devices": dict(Counter(device.device_kind for device in jax.devices())),
-        "processes": jax.process_count(),
-        "git": git_state(Path(__file__).parent),
-    }
+    return versions
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
@@ -270,16 +316,16 @@ class _Lines:
 
 
 def _lock(folder: Path) -> int:
-    path = folder / ".lock"
+    path = folder / _LOCK
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        owner = os.read(handle, 200).decode(errors="replace").strip() or "another process"
+        owner = os.read(handle, 200).decode(errors="replace").partition("\n")[0] or "another process"
         os.close(handle)
         raise TrainingError(f"{folder} is in use by {owner}; wait for it or name another run_dir") from None
     os.ftruncate(handle, 0)
-    os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+    os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n{uuid.uuid4()}\n".encode())
     return handle
 
 

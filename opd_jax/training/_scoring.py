@@ -5,11 +5,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
 from opd_jax.config import Config
+from opd_jax.parallel import to_host
 from opd_jax.training._step import Batch, State, make_log_probs, make_measure, make_score
 from opd_jax.training._teacher_mesh import ApartTeacher
 
@@ -90,7 +90,7 @@ class Scorer:
             return batch, (), (self._scores[0](state.ema, batch, self._frozen),)
         if self.apart is not None:
             return batch, tuple(self._given), (self.apart.score(self._scores[0], batch),)
-        present = None if batch.teacher_rows is None else set(np.asarray(batch.teacher_rows).tolist())
+        present = None if batch.teacher_rows is None else set(to_host(batch.teacher_rows).tolist())
         hidden = []
         for i, (score, params) in enumerate(zip(self._scores, self._models, strict=True)):
             if present is None or i in present:

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from opd_jax import models, tasks
 from opd_jax.config import Config, ReferenceConfig, TeacherConfig
-from opd_jax.parallel import make_mesh
+from opd_jax.parallel import make_mesh, together
 from opd_jax.training._logging import Display
 from opd_jax.training._objectives import make_objective, weight_bounds
 from opd_jax.training._optimizer import carried, init_optimizer, make_optimizer, optimizer_shardings
@@ -75,7 +75,7 @@ def prepare(config: Config, display: Display) -> tuple[Setup, State]:
     apart = config.teacher.mesh is not None
     mesh = None if apart else make_mesh(**dataclasses.asdict(config.mesh))
     mesh, teacher_mesh = split_devices(config) if apart else (mesh, mesh)
-    tokenizer, stops, prompts, held_out = read_data(config, mesh, display)
+    tokenizer, stops, prompts, held_out = together(lambda: read_data(config, mesh, display))
     teacher_of = _teacher_of(config, prompts)
     cache = None
     if config.teacher.cache is not None:
@@ -203,12 +203,14 @@ def _student(config: Config, tokenizer: Any, mesh: Mesh, display: Display) -> tu
 def load_model(name: str, model: Any, mesh: Mesh, display: Display, tokenizer: Any) -> models.Decoder:
     """The model of a section of the config, on the mesh."""
     display.status(f"loading the {name} {model.path}")
-    loaded = models.load(
-        model.path,
-        dtype=jnp.dtype(model.dtype),
-        mesh=mesh,
-        attention=model.attention,
-        remat=getattr(model, "remat", False),
+    loaded = together(
+        lambda: models.load(
+            model.path,
+            dtype=jnp.dtype(model.dtype),
+            mesh=mesh,
+            attention=model.attention,
+            remat=getattr(model, "remat", False),
+        )
     )
     if not getattr(model, "align", False):
         check_width(name, loaded.config.vocab_size, tokenizer)
