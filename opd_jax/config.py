@@ -25,6 +25,7 @@ __all__ = [
     "ReferenceConfig",
     "StudentConfig",
     "TeacherConfig",
+    "TeacherMeshConfig",
     "TokensConfig",
     "TrackConfig",
     "dump",
@@ -63,11 +64,22 @@ class StudentConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TeacherMeshConfig:
+    """Sizes of the axes of a teacher's own mesh."""
+
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
     """The fixed model that is distilled (opd), or the reference of the KL term (grpo)."""
 
     path: str = ""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "int8"] = "float32"
+    """`int8`: every matrix is rounded to int8 while it is read, with a float32 scale per output channel; the
+    computation is bfloat16, at half of its memory."""
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
     context: str | None = None
     """Template of a privileged prompt that only the teacher sees: `{prompt}`, `{answer}`,
@@ -83,6 +95,9 @@ class TeacherConfig:
     `opd-jax cache-teacher` writes it, `train` reads it and loads no teacher (lmbda: 0)."""
     cache_top_k: int = 64
     """Tokens kept there at each position; the mass of all others is one more."""
+    mesh: TeacherMeshConfig | None = None
+    """Devices of the teacher's own, such as {fsdp: 4}: the last data * fsdp * tensor of all; `mesh` is then
+    made of the others. Tokens go there, hidden states come back. None: it shares the student's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +106,8 @@ class ReferenceConfig:
 
     path: str = ""
     """Empty: the student as it starts."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "int8"] = "float32"
+    """See `teacher.dtype`."""
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
 
 

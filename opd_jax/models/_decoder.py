@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from opd_jax.models._attention import Implementation, attend, cache_mask, check_implementation
 from opd_jax.models._config import DecoderConfig
-from opd_jax.models._layers import MLP, Linear, RMSNorm, lookup, project
+from opd_jax.models._layers import MLP, Linear, RMSNorm, lookup, lookup_int8, project, value
 from opd_jax.models._rope import apply_rope, rope_frequencies, rope_tables
 from opd_jax.parallel import ROWS, constrain, platform
 
@@ -101,7 +101,7 @@ class Decoder(nnx.Module):
         dtype: of the parameters.
         attention: "auto" lets the backend choose; "xla", "cudnn" (GPU), "splash" (TPU) insist.
         remat: what the backward pass finds of the forward pass: "none": all activations; "block": each
-            layer's input, the rest is computed again; "offload": the same, the inputs being in the host's memory.
+            layer's input, the rest is computed again; "offload": these inputs are in the host's memory.
 
     Raises:
         ValueError: if the default backend lacks the attention or the offloading asked for.
@@ -116,6 +116,8 @@ class Decoder(nnx.Module):
         >>> model.logits(jnp.ones((1, 5), jnp.int32)).shape
         (1, 5, 32)
     """
+
+    embedding_scale = None  # [V] float32 where the embedding is int8, see `_int8`
 
     def __init__(
         self,
@@ -165,6 +167,11 @@ class Decoder(nnx.Module):
         hidden, cache = self.hidden_states(tokens, positions, cache, mask, prefill=prefill)
         return self.unembed(hidden), cache
 
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of the computation, and of all parameters that are not int8."""
+        return self.norm.scale.dtype
+
     def logits(self, tokens: Array) -> Array:
         """Logits [B, T, V] float32 of a causal pass over `tokens` [B, T]."""
         return self(tokens)[0]
@@ -211,7 +218,11 @@ class Decoder(nnx.Module):
         frequencies = rope_frequencies(config.head_width, config.rope_theta, config.rope_scaling)
         call = _Call(*rope_tables(positions, frequencies), mask, length, causal)
         embedding = constrain(self.embedding[...], "tensor", None)
-        x = constrain(lookup(embedding, tokens), ROWS)
+        if self.embedding_scale is None:
+            x = lookup(embedding, tokens)
+        else:
+            x = lookup_int8(embedding, self.embedding_scale[...], tokens, self.dtype)
+        x = constrain(x, ROWS)
         x, pair = self._run_layers(x, call, cache and (cache.k, cache.v))
         if cache is not None:
             cache = KVCache(*(constrain(c, None, ROWS, None, "tensor") for c in pair), length + new)
@@ -220,8 +231,8 @@ class Decoder(nnx.Module):
     def unembed(self, hidden: Array) -> Array:
         """Logits [..., V] float32 of hidden states [..., D]."""
         if self.head is None:
-            return project(hidden, self.embedding[...], transposed=True)
-        return project(hidden, self.head.kernel[...])
+            return project(hidden, self.embedding[...], transposed=True, scale=value(self.embedding_scale))
+        return self.head.project(hidden)
 
     def init_cache(self, batch: int, slots: int, dtype=None) -> KVCache:
         """An empty cache of `slots` tokens for each of `batch` rows.
@@ -231,7 +242,7 @@ class Decoder(nnx.Module):
         """
         c = self.config
         shape = (c.layers, batch, slots, c.kv_heads, c.head_width)
-        default = jnp.float32 if platform() == "cpu" else self.embedding.dtype
+        default = jnp.float32 if platform() == "cpu" else self.dtype
         dtype = dtype or default
         return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((), jnp.int32))
 
@@ -258,7 +269,7 @@ def _check_remat(remat: str) -> None:
 
 
 def _recomputed(body: Callable, remat: Remat) -> Callable:
-    """The body ((x, cache), layer) -> ... of the scan over layers, with its activations kept as `remat` says."""
+    """The body ((x, cache), layer) -> ... of the scan over layers, its activations kept as `remat` says."""
     if remat == "none":
         return body
     policy = None

@@ -134,7 +134,8 @@ def generate(
         raise ValueError(f"row_ids has shape {rows.shape}, expected {lengths.shape}")
     graphdef, params = nnx.split(model)
     tokens, lengths, rows = _place((tokens, lengths, rows.astype(np.uint32)), params)
-    stops = jnp.asarray(sorted(set(stop_token_ids)), jnp.int32)
+    stops = np.asarray(sorted(set(stop_token_ids)), np.int32)
+    key = _beside(key, params)
     static = dict(graphdef=graphdef, sampling=sampling)
     watched = bool(stop_strings) or on_progress is not None
     with _mesh_of(params):
@@ -200,6 +201,15 @@ def _place(batch: tuple, params: Any) -> tuple:
         except ValueError:
             sharding = NamedSharding(mesh, PartitionSpec())
     return place(batch, sharding)
+
+
+def _beside(key: jax.Array, params: Any) -> jax.Array:
+    """The key; one on another mesh than that of the parameters is copied to theirs."""
+    sharding = jax.tree.leaves(params)[0].sharding
+    ours, theirs = (getattr(each, "mesh", None) for each in (key.sharding, sharding))
+    if None in (ours, theirs) or ours == theirs:
+        return key
+    return jax.device_put(key, NamedSharding(theirs, PartitionSpec()))
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "sampling", "slots"))
