@@ -101,7 +101,7 @@ class Decoder(nnx.Module):
         dtype: of the parameters.
         attention: "auto" lets the backend choose; "xla", "cudnn" (GPU), "splash" (TPU) insist.
         remat: what the backward pass finds of the forward pass: "none": all activations; "block": each
-            layer's input, the rest is computed again; "offload": these inputs are in the host's memory.
+            layer's input, the rest is computed again; "offload": the same, inputs in the host's memory.
 
     Raises:
         ValueError: if the default backend lacks the attention or the offloading asked for.
@@ -269,7 +269,7 @@ def _check_remat(remat: str) -> None:
 
 
 def _recomputed(body: Callable, remat: Remat) -> Callable:
-    """The body ((x, cache), layer) -> ... of the scan over layers, its activations kept as `remat` says."""
+    """The body ((x, cache), layer) -> ... of the scan over layers, with activations kept as `remat` says."""
     if remat == "none":
         return body
     policy = None

@@ -38,7 +38,7 @@ def _smaller_rollout(one: Any, run: Shapes) -> str:
     text = f"the cache of {each} rows a device is {cache / _GIB:.1f} GiB"
     if one.limit is None:
         return text
-    room = max(one.limit - one.others, 0) / 2  # about as much again for temporaries
+    room = max(one.limit - one.others, 0) / 1.5  # half as much again for temporaries
     fewer = min(int(each * room / cache), each - 1) if cache else 0
     fewer = max((n for n in range(1, fewer + 1) if whole % n == 0), default=0)
     if not fewer:

@@ -135,8 +135,8 @@ def test_a_rollout_in_parts_runs_more_often():
 
 def test_advice_samples_fewer_at_once():
     run, *_ = eight_rows_at_once(["--batch_size", "96", "--rollout_batch", "48"])
-    cache = _plan_advice.cache_bytes(run)  # of 6 rows a device, of 12; there is room for 5 and as much again
-    one = training.ProgramPlan("prefill", fits=False, limit=10 / 6 * cache, others=0)
+    cache = _plan_advice.cache_bytes(run)  # of 6 rows a device, of 12; there is room for 5 and half as much
+    one = training.ProgramPlan("prefill", fits=False, limit=7.5 / 6 * cache, others=0)
     assert "sample fewer at once (rollout_batch 32 may fit)" in _plan_advice.advice(one, run)
     one.limit = cache / 6
     said = _plan_advice.advice(one, run)
