@@ -25,6 +25,10 @@ those that the mathematics needs, divided evenly. moved: bytes to and from memor
 text. Loops count as often as they run; decode is all of max_new_tokens, as if no completion ended early.
 at least: the largest of the times for compute, memory and links at the chip's published figures; a real run
 takes longer."""
+_BY_HAND = """\
+Nothing was compiled: there is no compiler for this chip here. Programs were lowered for it (attention by XLA,
+as cuDNN cannot be asked for without a GPU); memory is added up by hand, for a kernel of attention that holds
+no scores, and the least time is that of the products alone."""
 
 
 def plan(argv: Sequence[str]) -> None:
@@ -85,7 +89,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("config", metavar="CONFIG", help="YAML, as for train")
-    add("--topology", help="a TPU slice that need not be there: v5e:4x4, v5p:4x4x4; needs libtpu")
+    add(
+        "--topology",
+        help="a TPU slice that need not be there: v5e:4x4, v5p:4x4x4 (needs libtpu); or h100:8, by hand",
+    )
     add("--devices", type=int, help="so many of the devices that are here")
     add("--prompt-tokens", type=int, help="of the longest prompt (data.max_prompt_length)")
     add("--search", action="store_true", help="try splits of the mesh and micro-batches; the best first")
@@ -147,8 +154,10 @@ def _table(console: Any, one: Any) -> None:
         row = [each.name, *numbers, limit, _fits(each.fits)]
         if not refused:
             sent = sum(size for _, size in each.collectives.values())
-            row += [_number(each.flops / 1e12), _number(each.useful / 1e12), _number(each.bytes / 1e9)]
-            row += [_number(each.intensity), _number(sent / 1e9), _seconds(each.bound), each.bottleneck]
+            counted = [_number(each.bytes / 1e9), _number(each.intensity), _number(sent / 1e9)]
+            row += [_number(each.flops / 1e12), _number(each.useful / 1e12)]
+            row += ["?"] * 3 if each.by_hand else counted
+            row += [_seconds(each.bound), each.bottleneck]
         table.add_row(*row)
     console.print(table)
     for each in one.programs:
@@ -169,6 +178,8 @@ def _table(console: Any, one: Any) -> None:
     else:
         console.print(f"figures of the chip: {one.chip.source}")
     console.print(_LEGEND, soft_wrap=True)
+    if any(each.by_hand for each in one.programs):
+        console.print(_BY_HAND, soft_wrap=True)
 
 
 def _fits(value: bool | None) -> str:

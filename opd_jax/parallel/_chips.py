@@ -1,5 +1,6 @@
 """Published figures of chips, their topologies, and the least time that a program takes on them."""
 
+import contextlib
 import importlib.util
 import math
 import os
@@ -48,13 +49,27 @@ CHIPS = (
          "https://cloud.google.com/tpu/docs/v5p"),
     Chip("v6e", ("TPU v6 lite", "TPU v6e"), 918e12, 32, 31.25, 1600e9, 400e9, 1,
          "https://cloud.google.com/tpu/docs/v6e"),
+    # Usable: with XLA_PYTHON_CLIENT_MEM_FRACTION=0.92 (JAX's own is 0.75). Links: NVLink, one direction.
+    Chip("h100", ("NVIDIA H100 80GB HBM3",), 989e12, 79.6, 73.2, 3350e9, 450e9, 1,
+         "https://resources.nvidia.com/en-us-tensor-core/nvidia-tensor-core-gpu-datasheet"),
 )  # fmt: skip
 TOPOLOGIES = {
     "v4": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8"),
     "v5e": ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
     "v5p": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8"),
     "v6e": ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
+    "h100": ("1", "2", "4", "8"),
 }
+
+
+class StandIns(tuple):
+    """Virtual CPU devices in the place of GPUs, which no compiler here compiles for.
+
+    Attributes:
+        chip: what they stand for.
+    """
+
+    chip: Chip
 
 
 def chip_of(device: Any) -> Chip | None:
@@ -63,21 +78,23 @@ def chip_of(device: Any) -> Chip | None:
 
 
 def topology(name: str) -> Sequence[Any]:
-    """Devices of a TPU slice that need not be there, to compile for.
+    """Devices that need not be there: of a TPU slice, to compile for, or `StandIns` for GPUs.
 
     Args:
-        name: such as "v5e:4x4" or "v5p:4x4x4", in chips.
+        name: such as "v5e:4x4" or "v5p:4x4x4", in chips, or "h100:8".
 
     Raises:
-        ValueError: on a name that is not known.
+        ValueError: on a name that is not known, or if there are too few virtual devices for GPUs.
         ImportError: without libtpu, whose compiler this is.
     """
     known = "; ".join(f"{chip}: {', '.join(sizes)}" for chip, sizes in TOPOLOGIES.items())
-    found = re.fullmatch(r"(v\d+[a-z]*):(\d+(?:x\d+)+)", name)
+    found = re.fullmatch(r"([vh]\d+[a-z]*):(\d+(?:x\d+)*)", name)
     if found is None or found[2] not in TOPOLOGIES.get(found[1], ()):
         raise ValueError(
             f"no topology {name!r}; a name is CHIP:SIZE in chips, such as v5e:4x4. Known: {known}"
         )
+    if found[1] == "h100":
+        return _stand_ins(found[1], int(found[2]))
     if importlib.util.find_spec("libtpu") is None:
         raise ImportError(
             f"compiling for {name} needs libtpu, though no TPU; it comes with `pip install 'opd_jax[tpu]'`"
@@ -94,6 +111,19 @@ def topology(name: str) -> Sequence[Any]:
     if len(devices) != chips:
         raise ValueError(f"libtpu makes {len(devices)} devices of {name}, not {chips}: that is not planned")
     return devices
+
+
+def _stand_ins(name: str, count: int) -> StandIns:
+    with contextlib.suppress(RuntimeError):  # too late: the backend has started
+        jax.config.update("jax_num_cpu_devices", count)
+    devices = jax.devices("cpu")
+    if len(devices) < count:
+        raise ValueError(
+            f"{name}:{count} needs {count} virtual CPU devices, and JAX has started with {len(devices)}"
+        )
+    found = StandIns(devices[:count])
+    found.chip = next(chip for chip in CHIPS if chip.name == name)
+    return found
 
 
 def bound(chip: Chip, flops: float, moved: float, sent: float) -> dict[str, float]:

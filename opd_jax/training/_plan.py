@@ -12,10 +12,11 @@ from opd_jax import models, parallel
 from opd_jax.config import Config, MeshConfig
 from opd_jax.models._attention import kernel_flops
 from opd_jax.parallel import make_mesh
-from opd_jax.parallel._chips import Chip, bound, chip_of, nearest
+from opd_jax.parallel._chips import Chip, StandIns, bound, chip_of, nearest
 from opd_jax.parallel._cost import Cost, cost
 from opd_jax.training import _plan_advice
 from opd_jax.training._memory import shard_bytes
+from opd_jax.training._plan_by_hand import need
 from opd_jax.training._plan_programs import Program, Shapes, programs, shapes
 from opd_jax.training._setup import _check_rows
 
@@ -45,6 +46,7 @@ class ProgramPlan:
         bottleneck: its name.
         unknown: kernels whose FLOPs are not counted.
         advice: what would help.
+        by_hand: nothing was compiled: memory is added up, bytes moved and collectives are not counted.
     """
 
     name: str
@@ -68,6 +70,7 @@ class ProgramPlan:
     bottleneck: str = ""
     unknown: list[str] = dataclasses.field(default_factory=list)
     advice: str = ""
+    by_hand: bool = False
 
 
 @dataclasses.dataclass
@@ -130,9 +133,10 @@ def plan(
     device = devices[0]
     mesh = _mesh(config.mesh, devices)
     _check(config, mesh)
-    chip = chip_of(device)
+    stands = devices.chip if isinstance(devices, StandIns) else None
+    chip, kind = stands or chip_of(device), stands.kinds[0] if stands else device.device_kind
     found: list[ProgramPlan] = []
-    with parallel.compiling_for(device.platform):
+    with parallel.compiling_for("gpu" if stands else device.platform):
         run = shapes(config, mesh, prompt_tokens)
         compiled = None
         for program in programs(run):
@@ -142,13 +146,16 @@ def plan(
             if program.name == "decode" and found[-1].peak is None:  # it starts from what prefill makes
                 found.append(_refused(ProgramPlan("decode", others=found[-1].others), chip))
                 continue
-            progress(f"compiling {program.name} for {len(devices)} x {device.device_kind}")
-            one, compiled = _compile(program, run, chip, compiled)
+            progress(f"{'lowering' if stands else 'compiling'} {program.name} for {len(devices)} x {kind}")
+            if stands:
+                one = _add_up(program, run, chip)
+            else:
+                one, compiled = _compile(program, run, chip, compiled)
             found.append(one)
     for one in found:
         one.advice = _plan_advice.advice(one, run)
     return Plan(
-        len(devices), device.device_kind, chip, dict(mesh.shape),
+        len(devices), kind, chip, dict(mesh.shape),
         config.batch_size, config.micro_batches, run.prompt_width, found,
     )  # fmt: skip
 
@@ -196,9 +203,7 @@ def candidates(config: Config, count: int) -> Iterator[Config]:
 
 
 def _compile(program: Program, run: Shapes, chip: Chip | None, before: Any) -> tuple[ProgramPlan, Any]:
-    one = ProgramPlan(program.name, runs=program.runs, useful=program.useful / run.mesh.size)
-    arguments = {id(leaf) for leaf in jax.tree.leaves(program.arguments)}
-    one.others = sum(shard_bytes(leaf) for leaf in run.resident if id(leaf) not in arguments)
+    one = _begin(program, run)
     start = time.perf_counter()
     try:
         compiled = program.lower(before).compile()
@@ -212,12 +217,36 @@ def _compile(program: Program, run: Shapes, chip: Chip | None, before: Any) -> t
     memory = compiled.memory_analysis()
     one.arguments, one.temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     one.outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    one.peak = one.arguments + one.temporaries + one.outputs + one.others
-    one.limit = chip.usable * _GIB if chip else None
-    one.fits = one.peak <= one.limit if one.limit else None
+    _compare(one, chip)
     counted = cost(compiled.as_text(), kernels=_kernels, loops=program.repeats)
     _price(one, counted, chip)
     return one, compiled
+
+
+def _add_up(program: Program, run: Shapes, chip: Chip) -> ProgramPlan:
+    """Lowers a program, which shows that it can be, and adds up by hand what it needs."""
+    one = _begin(program, run)
+    program.lower(None)
+    needs = need(program, run)
+    one.arguments, one.temporaries, one.outputs = map(round, needs[:3])
+    _compare(one, chip)
+    one.flops, one.by_hand = needs.flops, True
+    one.seconds, one.bottleneck = dict(compute=one.flops / chip.flops), "compute"
+    one.bound = one.seconds["compute"]
+    return one
+
+
+def _begin(program: Program, run: Shapes) -> ProgramPlan:
+    one = ProgramPlan(program.name, runs=program.runs, useful=program.useful / run.mesh.size)
+    arguments = {id(leaf) for leaf in jax.tree.leaves(program.arguments)}
+    one.others = sum(shard_bytes(leaf) for leaf in run.resident if id(leaf) not in arguments)
+    return one
+
+
+def _compare(one: ProgramPlan, chip: Chip | None) -> None:
+    one.peak = one.arguments + one.temporaries + one.outputs + one.others
+    one.limit = chip.usable * _GIB if chip else None
+    one.fits = one.peak <= one.limit if one.limit else None
 
 
 def _price(one: ProgramPlan, counted: Cost, chip: Chip | None) -> None:

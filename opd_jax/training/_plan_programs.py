@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from opd_jax import models
 from opd_jax.config import Config
-from opd_jax.parallel import batch_sharding, param_shardings
+from opd_jax.parallel import ROWS, batch_sharding, param_shardings, platform
 from opd_jax.rollout import Sampling, _generate, bucket
 from opd_jax.training._optimizer import make_optimizer, optimizer_shardings
 from opd_jax.training._scoring import Scorer
@@ -27,7 +27,7 @@ class Program(NamedTuple):
 
     Attributes:
         name: prefill, decode, score (one for each model that scores) or update.
-        lower: gives the lowered program; that of decode needs prefill's compiled one.
+        lower: gives the lowered program; that of decode takes prefill's compiled one, or None.
         arguments: its arrays, as shapes.
         repeats: how often its loop runs whose count is not in it: for decode, the tokens after the first.
         useful: FLOPs of all devices together that the mathematics of a step needs, without recomputation.
@@ -182,9 +182,8 @@ def _rollout(run: Shapes) -> Iterator[Program]:
     def decode(prefilled):
         with jax.set_mesh(mesh):
             shape = jax.eval_shape(lambda *a: _generate._prefill(*a, slots=slots, **static), *arguments)
-        state = jax.tree.map(
-            lambda s, place: _give(s.shape, s.dtype, place), shape, prefilled.output_shardings
-        )
+        places = _state_shardings(shape, mesh) if prefilled is None else prefilled.output_shardings
+        state = jax.tree.map(lambda s, place: _give(s.shape, s.dtype, place), shape, places)
         return _lower(_generate._decode, params, state, *arguments[1:], slots, **static)
 
     width = run.prompt_width
@@ -194,6 +193,17 @@ def _rollout(run: Shapes) -> Iterator[Program]:
     tokens = max(slots - 1, 1)
     useful = tokens * config.batch_size * _token(run.student, width + slots / 2, logits=True)
     yield Program("decode", decode, arguments, tokens, useful, parts)
+
+
+def _state_shardings(state: Any, mesh: Mesh) -> Any:
+    """Where the state of a rollout belongs, if no compiler has said: rows, and the cache's heads."""
+    heads = "tensor" if state.cache.k.shape[3] % mesh.shape["tensor"] == 0 else None
+
+    def place(leaf):
+        spec = (P(), P(ROWS), P(ROWS), None, None, P(None, ROWS, None, heads))[leaf.ndim]
+        return NamedSharding(mesh, spec)
+
+    return jax.tree.map(place, state)
 
 
 def _student(config: Config, sizes: models.DecoderConfig, mesh: Mesh) -> tuple[Any, Any, Any]:
@@ -270,7 +280,7 @@ def _sampled_dtype(config: Config, dtype: Any) -> Any:
 
 def _lower(function: Any, *arguments: Any, **keywords: Any) -> Any:
     mesh = next(a.sharding.mesh for a in jax.tree.leaves(arguments) if isinstance(a.sharding, NamedSharding))
-    target = mesh.devices.flat[0].platform
+    target = platform()
     with jax.set_mesh(mesh):
         return function.trace(*arguments, **keywords).lower(
             lowering_platforms=(_LOWERED.get(target, target),)
