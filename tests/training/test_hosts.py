@@ -1,5 +1,6 @@
 """Several processes on loopback, each with some of the devices, against one process with all of them."""
 
+
 import pytest
 
 from tests.training.runs import make_folder
