@@ -49,7 +49,6 @@ NEUTRAL = (
     "checkpoint.",
     "mesh.",
     "teacher.mesh",
-    "teacher.mesh.",
     "logging.",
 )
 
@@ -338,7 +337,7 @@ def _holds(checkpoints: Path) -> bool:
 
 
 def _neutral(key: str) -> bool:
-    return any(key == each or (each.endswith(".") and key.startswith(each)) for each in NEUTRAL)
+    return any(key == each or key.startswith(f"{each.rstrip('.')}.") for each in NEUTRAL)
 
 
 def _show(value: Any) -> str:

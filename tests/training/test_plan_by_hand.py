@@ -12,7 +12,7 @@ from opd_jax.training._plan_programs import shapes
 
 ROOT = Path(__file__).parents[2]
 DEMO = "configs/demo.yaml"
-QWEN = "--student.path configs/models/qwen3_1.7b --teacher.path configs/models/qwen3_8b".split()
+QWEN = ["--student.path", "configs/models/qwen3_1.7b", "--teacher.path", "configs/models/qwen3_8b"]
 
 
 @pytest.fixture(autouse=True)
@@ -28,12 +28,10 @@ def test_arguments_and_outputs_are_those_that_xla_counts(quick_compilation):
     for ours, xlas in zip(by_hand.programs, compiled.programs, strict=True):
         assert ours.by_hand and not xlas.by_hand and (ours.name, ours.others) == (xlas.name, xlas.others)
         slack = 2000  # scalars, and small arrays that XLA rounds up
-        if ours.name == "decode":
-            slack += 0.02 * xlas.arguments  # state by row: lengths, ends
         if ours.name == "update":  # XLA drops the teacher's layers: the update only unembeds
             assert ours.arguments > xlas.arguments
-        else:
-            assert ours.arguments == pytest.approx(xlas.arguments, abs=slack)
+        else:  # nor has it the masks and weights that a score does not look at, and lengths of rows by hand
+            assert ours.arguments == pytest.approx(xlas.arguments, rel=0.02, abs=slack)
         if ours.name != "update":
             assert ours.outputs == pytest.approx(xlas.outputs, rel=0.02, abs=slack)
 
@@ -53,7 +51,10 @@ def test_temporaries_in_closed_form():
 def test_configs_for_eight_gpus_fit_with_a_reserve(name):
     """By hand is up to 16% below XLA's own sum where both are known (README)."""
     sizes = name.removeprefix("qwen3_").removesuffix("_h100").split("_from_")
-    words = [f"--{who}.path=configs/models/qwen3_{size}" for who, size in zip(("student", "teacher"), sizes)]
+    words = [
+        f"--{who}.path=configs/models/qwen3_{size}"
+        for who, size in zip(("student", "teacher"), sizes, strict=True)
+    ]
     found = training.plan(config.load(f"configs/{name}.yaml", words), parallel.topology("h100:8"))
     assert max(each.peak for each in found.programs) < 0.84 * 73.2 * 2**30
 
