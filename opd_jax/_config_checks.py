@@ -46,6 +46,8 @@ HINTS = {
     **dict.fromkeys(("normalize_advantages", "whiten", "advantage_normalization"), _WHITEN),
     **dict.fromkeys(("warmup", "warmup_steps", "decay_steps"), _SCHEDULE),
     **dict.fromkeys(("lora_rank", "peft"), "it is lora.rank"),
+    "student.dtype=int8": "a student is trained, which int8 weights cannot be; teacher, teachers and "
+    "reference can be int8",
     "loss=k1": "k1 differentiated directly has a gradient of mean zero, without the teacher; "
     "sampled_reverse_kl takes it as an advantage, which is right",
     "loss=k2": "take sampled_reverse_kl, which also holds one update off-policy",

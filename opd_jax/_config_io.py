@@ -172,8 +172,8 @@ def _find(cls, key: str) -> tuple[Any, bool]:
     """The type of a dotted key, and whether it exists; keys below a dict are free."""
     hint: Any = cls
     for part in key.split("."):
-        if is_dataclass(hint):
-            hint = get_type_hints(hint).get(part)
+        if section := _section(hint):
+            hint = get_type_hints(section).get(part)
             if hint is None:
                 return None, False
         elif get_origin(hint) is dict or hint is Any:
@@ -220,13 +220,13 @@ def build(
         hint = types_of.get(key)
         if hint is None:
             problems.append(label + unknown(root, dotted, hints))
-        elif is_dataclass(hint):
+        elif (section := _section(hint)) and not (value is None and section is not hint):
             left_empty = value is None and dotted in origins  # `student:` with nothing below it
             if not left_empty and not isinstance(value, Mapping):
                 problems.append(f"{label}{name}is a section of keys, got {value!r}")
                 continue
             values[key] = build(
-                hint, value or {}, problems,
+                section, value or {}, problems,
                 prefix=f"{dotted}.", origins=origins, hints=hints, root=root,
             )  # fmt: skip
         else:
@@ -269,6 +269,11 @@ def convert(value: Any, hint: Any) -> Any:
     raise ValueError(message)
 
 
+def _section(hint: Any) -> type | None:
+    """The dataclass of a section of keys, which may be one that null leaves out."""
+    return next((kind for kind in _alternatives(hint) if is_dataclass(kind)), None)
+
+
 def _alternatives(hint: Any) -> tuple[Any, ...]:
     return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
 
@@ -294,9 +299,10 @@ def keys(cls: type, prefix: str = "") -> Iterator[str]:
     """All dotted keys of a dataclass tree."""
     hints = get_type_hints(cls)
     for each in fields(cls):
-        if is_dataclass(hints[each.name]):
-            yield from keys(hints[each.name], f"{prefix}{each.name}.")
-        else:
+        section = _section(hints[each.name])
+        if section:
+            yield from keys(section, f"{prefix}{each.name}.")
+        if section is not hints[each.name]:  # a plain value, or a section that may be null
             yield prefix + each.name
 
 

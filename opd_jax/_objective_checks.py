@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 SAMPLED = ("sampled_reverse_kl", "sampled_tail_reverse_kl", "extrapolated_reverse_kl")
 # What one of several teachers says besides its path.
-_CHOICES = {"dtype": ("float32", "bfloat16"), "attention": ("auto", "xla", "cudnn", "splash")}
+_CHOICES = {"dtype": ("float32", "bfloat16", "int8"), "attention": ("auto", "xla", "cudnn", "splash")}
 # Arguments that have a key of their own.
 _ELSEWHERE = {
     "k": "loss_top_k",
@@ -31,6 +31,7 @@ def problems(config: "Config") -> Iterator[str]:
     """All that is wrong with the objective of `config`, whose types are right already, and what it needs."""
     yield from _loss_options(config)
     yield from _teacher(config)
+    yield from _teacher_mesh(config)
     yield from _teachers(config)
     yield from _completions(config)
     yield from _task(config)
@@ -47,7 +48,11 @@ def used(config: "Config") -> Iterator[tuple[tuple[str, ...], bool, str]]:
     ours = f"objective {config.objective} does not use it"
     yield ("loss", "loss_options", "task_weight", "lmbda"), opd, ours
     teacher = opd or grpo or config.off_policy == "teacher"
-    yield ("teacher.path", "teacher.dtype", "teacher.attention"), teacher, "objective sft has no teacher"
+    yield (
+        ("teacher.path", "teacher.dtype", "teacher.attention", "teacher.mesh"),
+        teacher,
+        "objective sft has no teacher",
+    )
     yield ("teacher.context",), opd, f"objective {config.objective} shows its teacher no other prompt"
     yield ("teacher.ema", "teacher.align", "teacher.cache", "teachers", "data.teacher"), opd, ours
     yield ("teacher.cache_top_k",), config.teacher.cache is not None, "teacher.cache is not set"
@@ -184,6 +189,23 @@ def _teacher(config: "Config") -> Iterator[str]:
                 "teacher.cache goes with tokens.weights: uniform, early_stop.overlap: 0 and "
                 "evaluation.teacher: false"
             )
+
+
+def _teacher_mesh(config: "Config") -> Iterator[str]:
+    teacher = config.teacher
+    if teacher.mesh is None:
+        return
+    for name, size in vars(teacher.mesh).items():
+        if size < 1:
+            yield f"teacher.mesh.{name} is {size}; it must be at least 1 (-1 is for `mesh`)"
+    no = {
+        "teacher.ema": (teacher.ema is not None, "an averaged teacher is where the student is"),
+        "teacher.align": (teacher.align, "a teacher with another tokenizer shares the student's mesh"),
+        "teacher.cache": (teacher.cache is not None, "with a cache no teacher is loaded beside a student"),
+    }
+    for name, (is_set, why) in no.items():
+        if is_set:
+            yield f"teacher.mesh and {name} exclude each other: {why}"
 
 
 def _teachers(config: "Config") -> Iterator[str]:

@@ -25,6 +25,7 @@ __all__ = [
     "ReferenceConfig",
     "StudentConfig",
     "TeacherConfig",
+    "TeacherMeshConfig",
     "TokensConfig",
     "TrackConfig",
     "dump",
@@ -57,8 +58,18 @@ class StudentConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Computation dtype; the trained weights and the optimiser's state stay float32."""
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
-    remat: bool = False
-    """Recompute each layer in the backward pass instead of storing its activations."""
+    remat: Literal["none", "block", "offload"] = "none"
+    """What the backward pass finds of the forward pass: all activations; each layer's input, the rest being
+    computed again; or the same with the inputs in the host's memory (TPU, GPU)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherMeshConfig:
+    """Sizes of the axes of a teacher's own mesh."""
+
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +77,9 @@ class TeacherConfig:
     """The fixed model that is distilled (opd), or the reference of the KL term (grpo)."""
 
     path: str = ""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "int8"] = "float32"
+    """`int8`: every matrix is rounded to int8 while it is read, with a float32 scale per output channel; the
+    computation is bfloat16, at half of its memory."""
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
     context: str | None = None
     """Template of a privileged prompt that only the teacher sees: `{prompt}`, `{answer}`,
@@ -82,6 +95,9 @@ class TeacherConfig:
     `opd-jax cache-teacher` writes it, `train` reads it and loads no teacher (lmbda: 0)."""
     cache_top_k: int = 64
     """Tokens kept there at each position; the mass of all others is one more."""
+    mesh: TeacherMeshConfig | None = None
+    """Devices of the teacher's own, such as {fsdp: 4}: the last data * fsdp * tensor of all; `mesh` is then
+    made of the others. Tokens go there, hidden states come back. None: it shares the student's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +106,8 @@ class ReferenceConfig:
 
     path: str = ""
     """Empty: the student as it starts."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "int8"] = "float32"
+    """See `teacher.dtype`."""
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
 
 
@@ -243,6 +260,9 @@ class OptimizerConfig:
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
+    mu_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the first moment; bfloat16 saves 2 of the 12 bytes that a trained weight has in the state. The
+    second moment stays float32: with b2 0.999 it falls by a thousandth a step, which bfloat16 rounds away."""
     weight_decay: float = 0.0
     clip_norm: float = 1.0
     """Largest global norm of the gradient; `.inf`: no clip."""

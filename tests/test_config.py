@@ -67,7 +67,7 @@ def test_values_of_every_kind_are_read(file):
     config = load(
         file(
             "objective: grpo\nsteps: 1e3\nratio_clip: [0.2, 0.28]\nrun_dir: out/x\n"
-            "student: {path: m, dtype: bfloat16, remat: true}\n"
+            "student: {path: m, dtype: bfloat16, remat: block}\n"
             "data: {source: d.jsonl, verifier: null, options: {size: 10, nested: {a: [1, x]}}}\n"
             "optimizer:\n  learning_rate: 1e-6\n  clip_norm: .inf\n"
             "  schedule_options: {end_value: 2.5E-7}\n"
@@ -77,7 +77,7 @@ def test_values_of_every_kind_are_read(file):
     assert config.steps == 1000 and isinstance(config.steps, int)
     assert config.ratio_clip == (0.2, 0.28) and config.evaluation.pass_k == (1, 4)
     assert config.run_dir == "out/x"
-    assert config.student == StudentConfig(path="m", dtype="bfloat16", remat=True)
+    assert config.student == StudentConfig(path="m", dtype="bfloat16", remat="block")
     assert config.data.options == {"size": 10, "nested": {"a": [1, "x"]}}
     # YAML 1.1 reads 1e-6, without a point, as text.
     assert config.optimizer.learning_rate == 1e-6 and config.optimizer.clip_norm == float("inf")
@@ -170,7 +170,9 @@ def test_unknown_keys_and_choices(text, says, file):
         ("steps: true", "expected a whole number, got True"),
         ("steps: null", "expected a whole number, got None"),
         ("kl_coefficient: yes", "expected a number, got True"),
-        ("student: {remat: 1}", "student.remat: expected true or false, got 1"),
+        ("evaluation: {teacher: 1}", "evaluation.teacher: expected true or false, got 1"),
+        ("student: {remat: true}", "student.remat: expected one of 'none', 'block', 'offload', got True"),
+        ("student: {remat: false}", "student.remat: expected one of 'none', 'block', 'offload', got False"),
         ("student: {path: 3}", "student.path: expected text, got 3"),
         ("student: {dtype: float16}", "expected one of 'float32', 'bfloat16', got 'float16'"),
         ("data: {chat: off}", "expected one of 'auto', 'never', got False"),
@@ -205,9 +207,10 @@ def test_all_problems_are_reported_at_once(file):
         (["--run_dir", "runs/1e5"], "run_dir", "runs/1e5"),
         (["--run-dir", "x"], "run_dir", "x"),
         (["--student.path", "123"], "student.path", "123"),
-        (["--student.remat"], "student.remat", True),
-        (["--student.remat", "--steps", "3"], "student.remat", True),
-        (["--student.remat", "false"], "student.remat", False),
+        (["--evaluation.teacher"], "evaluation.teacher", True),
+        (["--evaluation.teacher", "--steps", "3"], "evaluation.teacher", True),
+        (["--evaluation.teacher", "false"], "evaluation.teacher", False),
+        (["--student.remat", "none"], "student.remat", "none"),
         (["--loss", "sampled_reverse_kl"], "loss", "sampled_reverse_kl"),
         (["--loss", "null"], "loss", None),
         (["--loss", "none"], "loss", None),

@@ -23,6 +23,7 @@ from opd_jax.config import (
     ReferenceConfig,
     StudentConfig,
     TeacherConfig,
+    TeacherMeshConfig,
     TokensConfig,
 )
 
@@ -116,6 +117,10 @@ REFUSED = [
     (dict(CACHED, **teacher(cache="folder", cache_top_k=0)), "teacher.cache_top_k is 0"),
     (dict(CACHED, tokens=TokensConfig(weights="high_entropy")), "teacher.cache goes with tokens.weights"),
     (dict(CACHED, evaluation=EVALUATED), "evaluation.teacher: false"),
+    # On devices of its own.
+    (teacher(mesh=TeacherMeshConfig(fsdp=-1)), "teacher.mesh.fsdp is -1; it must be at least 1"),
+    (dict(CACHED, **teacher(cache="folder", mesh=TeacherMeshConfig())),
+     "teacher.mesh and teacher.cache exclude each other"),
     # Several.
     (dict(TWO, data=DataConfig(source="arithmetic")), "teachers is set but data.teacher is not"),
     (dict(data=TAGGED), "data.teacher is set but teachers is not"),
@@ -171,6 +176,7 @@ UNUSED = {
     "lmbda": (dict(SFT, lmbda=0.5), OURS.format("sft")),
     "teacher.path": (dict(SFT, **teacher()), "objective sft has no teacher"),
     "teacher.dtype": (dict(SFT, teacher=TeacherConfig(dtype="bfloat16")), "objective sft has no teacher"),
+    "teacher.mesh": (dict(SFT, teacher=TeacherConfig(mesh=TeacherMeshConfig())), "sft has no teacher"),
     "teacher.attention": (dict(SFT, teacher=TeacherConfig(attention="xla")), "objective sft has no teacher"),
     "teacher.context": (dict(GRPO, **teacher(context="{prompt}"), kl_coefficient=1.0), "no other prompt"),
     "teacher.ema": (dict(GRPO, **own(), kl_coefficient=1.0), OURS.format("grpo")),

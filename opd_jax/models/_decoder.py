@@ -1,17 +1,22 @@
 """A decoder-only language model (Llama, Qwen2, Qwen3) with stacked, scanned layers."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
 
 from opd_jax.models._attention import Implementation, attend, cache_mask, check_implementation
 from opd_jax.models._config import DecoderConfig
-from opd_jax.models._layers import MLP, Linear, RMSNorm, lookup, project
+from opd_jax.models._layers import MLP, Linear, RMSNorm, lookup, lookup_int8, project, value
 from opd_jax.models._rope import apply_rope, rope_frequencies, rope_tables
 from opd_jax.parallel import ROWS, constrain, platform
+
+Remat = Literal["none", "block", "offload"]
+_INPUT = "block_input"
 
 
 class KVCache(NamedTuple):
@@ -95,10 +100,11 @@ class Decoder(nnx.Module):
         rngs: random numbers for the initial weights (normal, standard deviation 0.02).
         dtype: of the parameters.
         attention: "auto" lets the backend choose; "xla", "cudnn" (GPU), "splash" (TPU) insist.
-        remat: recompute each layer in the backward pass instead of storing its activations.
+        remat: what the backward pass finds of the forward pass: "none": all activations; "block": each
+            layer's input, the rest is computed again; "offload": the same, inputs in the host's memory.
 
     Raises:
-        ValueError: if the default backend lacks the attention asked for.
+        ValueError: if the default backend lacks the attention or the offloading asked for.
 
     Example:
         >>> import jax.numpy as jnp
@@ -111,6 +117,8 @@ class Decoder(nnx.Module):
         (1, 5, 32)
     """
 
+    embedding_scale = None  # [V] float32 where the embedding is int8, see `_int8`
+
     def __init__(
         self,
         config: DecoderConfig,
@@ -118,9 +126,10 @@ class Decoder(nnx.Module):
         rngs: nnx.Rngs,
         dtype=jnp.float32,
         attention: Implementation = "auto",
-        remat: bool = False,
+        remat: Remat = "none",
     ):
         check_implementation(attention)
+        _check_remat(remat)
         self.config = config
         self.attention = attention
         self.remat = remat
@@ -157,6 +166,11 @@ class Decoder(nnx.Module):
         """
         hidden, cache = self.hidden_states(tokens, positions, cache, mask, prefill=prefill)
         return self.unembed(hidden), cache
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of the computation, and of all parameters that are not int8."""
+        return self.norm.scale.dtype
 
     def logits(self, tokens: Array) -> Array:
         """Logits [B, T, V] float32 of a causal pass over `tokens` [B, T]."""
@@ -204,7 +218,11 @@ class Decoder(nnx.Module):
         frequencies = rope_frequencies(config.head_width, config.rope_theta, config.rope_scaling)
         call = _Call(*rope_tables(positions, frequencies), mask, length, causal)
         embedding = constrain(self.embedding[...], "tensor", None)
-        x = constrain(lookup(embedding, tokens), ROWS)
+        if self.embedding_scale is None:
+            x = lookup(embedding, tokens)
+        else:
+            x = lookup_int8(embedding, self.embedding_scale[...], tokens, self.dtype)
+        x = constrain(x, ROWS)
         x, pair = self._run_layers(x, call, cache and (cache.k, cache.v))
         if cache is not None:
             cache = KVCache(*(constrain(c, None, ROWS, None, "tensor") for c in pair), length + new)
@@ -213,8 +231,8 @@ class Decoder(nnx.Module):
     def unembed(self, hidden: Array) -> Array:
         """Logits [..., V] float32 of hidden states [..., D]."""
         if self.head is None:
-            return project(hidden, self.embedding[...], transposed=True)
-        return project(hidden, self.head.kernel[...])
+            return project(hidden, self.embedding[...], transposed=True, scale=value(self.embedding_scale))
+        return self.head.project(hidden)
 
     def init_cache(self, batch: int, slots: int, dtype=None) -> KVCache:
         """An empty cache of `slots` tokens for each of `batch` rows.
@@ -224,7 +242,7 @@ class Decoder(nnx.Module):
         """
         c = self.config
         shape = (c.layers, batch, slots, c.kv_heads, c.head_width)
-        default = jnp.float32 if platform() == "cpu" else self.embedding.dtype
+        default = jnp.float32 if platform() == "cpu" else self.dtype
         dtype = dtype or default
         return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((), jnp.int32))
 
@@ -235,9 +253,35 @@ class Decoder(nnx.Module):
             weights, layer = scanned
             return nnx.merge(graphdef, weights)(carry[0], call, carry[1], layer), None
 
-        if self.remat and cache is None:
-            body = jax.checkpoint(body, prevent_cse=False)
+        if cache is None:
+            body = _recomputed(body, self.remat)
         # The cache travels in the carry, updated in place: as scanned input and output it would
         # be copied on every call.
         carry, _ = lax.scan(body, (x, cache), (state, jnp.arange(self.config.layers)))
         return carry
+
+
+def _check_remat(remat: str) -> None:
+    if remat not in get_args(Remat):
+        raise ValueError(f"remat is {remat!r}; known: {', '.join(get_args(Remat))}")
+    if remat == "offload" and platform() == "cpu":
+        raise ValueError("remat is offload, but on a CPU there is no other memory to move to; take block")
+
+
+def _recomputed(body: Callable, remat: Remat) -> Callable:
+    """The body ((x, cache), layer) -> ... of the scan over layers, with activations kept as `remat` says."""
+    if remat == "none":
+        return body
+    policy = None
+    if remat == "offload":
+        policy = jax.checkpoint_policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=[_INPUT],
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
+
+    def named(carry, scanned):
+        return body((checkpoint_name(carry[0], _INPUT), *carry[1:]), scanned)
+
+    return jax.checkpoint(named, prevent_cse=False, policy=policy)

@@ -22,11 +22,23 @@ def matmul(x: Array, kernel: Array) -> Array:
     return project(x, kernel).astype(x.dtype)
 
 
-def project(x: Array, kernel: Array, transposed: bool = False) -> Array:
-    """`x @ kernel`, or `x @ kernel.T` if `transposed`: [..., out] float32."""
+def project(x: Array, kernel: Array, transposed: bool = False, scale: Array | None = None) -> Array:
+    """`x @ kernel`, or `x @ kernel.T` if `transposed`: [..., out] float32; times `scale` [out], if the kernel
+    is int8."""
+    if scale is not None:
+        # Tied to x, it is widened where it is used: XLA would keep a wide copy outside of a loop over
+        # chunks, and gather that one.
+        x, kernel = lax.optimization_barrier((x, kernel))
+        kernel = kernel.astype(x.dtype)
     product = _product if x.dtype == jnp.float32 else _narrow_product
     out = product(x.reshape(-1, x.shape[-1]), kernel, transposed)
+    out = out if scale is None else out * scale
     return out.reshape(*x.shape[:-1], out.shape[-1])
+
+
+def value(variable: nnx.Variable | None) -> Array | None:
+    """The array of a variable that may not be there."""
+    return None if variable is None else variable[...]
 
 
 def _product(x: Array, kernel: Array, transposed: bool) -> Array:
@@ -68,6 +80,12 @@ def _transpose(x: Array) -> Array:
     )
 
 
+def lookup_int8(embedding: Array, scale: Array, tokens: Array, dtype) -> Array:
+    """Rows [..., D] of int8 `embedding` [V, D] times their `scale` [V], in `dtype`."""
+    rows = lookup(embedding, tokens).astype(jnp.float32) * lookup(scale[:, None], tokens)
+    return rows.astype(dtype)
+
+
 def lookup(embedding: Array, tokens: Array) -> Array:
     """`embedding[tokens]`: rows [..., D] of `embedding` [V, D]."""
     if embedding.shape[0] <= ONE_HOT_VOCABULARY:
@@ -104,6 +122,7 @@ class Linear(nnx.Module):
     """`x @ kernel + bias`; kernel [in, out]."""
 
     adapter = None  # `add_lora` gives some instances one; the others stay as they are
+    kernel_scale = None  # [out] float32 where the kernel is int8, see `_int8`
 
     def __init__(self, axes: tuple[str, str], shape: tuple[int, int], bias: bool, *, rngs, dtype):
         init = 0.02 * jax.random.normal(rngs.params(), shape, jnp.float32)
@@ -111,11 +130,15 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(shape[1:], dtype), axes=axes[1:]) if bias else None
 
     def __call__(self, x: Array) -> Array:
-        if self.adapter is None:
-            out = matmul(x, self.kernel[...])
-        else:  # added up in float32: rounded to bfloat16 first, small updates would get lost
-            out = (project(x, self.kernel[...]) + self.adapter(x)).astype(x.dtype)
+        out = self.project(x)
+        if self.adapter is not None:  # in float32: rounded to bfloat16 first, small updates would get lost
+            out = out + self.adapter(x)
+        out = out.astype(x.dtype)
         return out if self.bias is None else out + self.bias[...]
+
+    def project(self, x: Array) -> Array:
+        """`x @ kernel`: [..., out] float32."""
+        return project(x, self.kernel[...], scale=value(self.kernel_scale))
 
 
 class RMSNorm(nnx.Module):

@@ -1,5 +1,7 @@
 """Weights in: Hugging Face folders, hub ids and GGUF files."""
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,9 +15,10 @@ from opd_jax import parallel
 from opd_jax._extras import require
 from opd_jax.models._attention import Implementation
 from opd_jax.models._config import DecoderConfig
-from opd_jax.models._decoder import Decoder
+from opd_jax.models._decoder import Decoder, Remat
 from opd_jax.models._files import FolderReader, read_json
 from opd_jax.models._gguf import GGUFReader
+from opd_jax.models._int8 import Quantiser, scale_path, with_int8
 from opd_jax.models._names import Parameter, parameters, replace_leaves
 
 HUB_PATTERNS = (
@@ -30,7 +33,7 @@ HUB_PATTERNS = (
     "merges.txt",
     "chat_template*",
 )
-_DTYPES = (jnp.float32, jnp.bfloat16)
+_DTYPES = (jnp.float32, jnp.bfloat16, jnp.int8)
 
 
 class Reader(Protocol):
@@ -50,18 +53,20 @@ def load(
     dtype=None,
     mesh: Mesh | None = None,
     attention: Implementation = "auto",
-    remat: bool = False,
+    remat: Remat = "none",
 ) -> Decoder:
     """Loads a decoder from a Hugging Face folder, a hub id or a GGUF file.
 
     Tensors are read one at a time, each straight into its place: beyond the model itself, the
-    host holds one stacked parameter (with a mesh: one device's part of it).
+    host holds one stacked parameter (with a mesh: one device's part of it), in the dtype it will have.
 
     Args:
         path: a folder with config.json and safetensors; a `.gguf` file; or else a hub id, which
             is fetched into (or, offline, read from) the Hugging Face cache.
-        dtype: of the parameters, float32 or bfloat16; None: as stored, 16-bit floats other than
-            bfloat16 and quantised weights becoming float32.
+        dtype: of the parameters, float32 or bfloat16; int8: the matrices are quantised while they are
+            read, with a scale per output channel, for a bfloat16 model that does not change (it can be
+            neither trained nor saved); None: as stored, 16-bit floats other than bfloat16 and quantised
+            weights becoming float32.
         mesh: where to place the parameters (see `opd_jax.parallel`); None: the default device.
         attention: see `Decoder`.
         remat: see `Decoder`.
@@ -75,14 +80,19 @@ def load(
     config, reader = _open(path)
     model = abstract(config, dtype or _stored_dtype(reader), attention=attention, remat=remat)
     graphdef, params = nnx.split(model)
-    wanted = parameters(config, params)
+    wanted, leaves = parameters(config, params), dict(nnx.to_flat_state(params))
     _check(path, config, reader, wanted)
     shardings = {}
     if mesh is not None:
         tree = parallel.param_shardings(params, mesh)
         shardings = {tuple(p): leaf.get_value() for p, leaf in nnx.to_flat_state(tree)}
-    dtype = model.embedding.dtype
-    values = {p.path: _place(reader, p, dtype, shardings.get(p.path)) for p in wanted}
+    values = {}
+    for p in wanted:
+        if scale_path(p.path) in leaves:
+            values |= _place_int8(reader, p, shardings)
+        else:
+            read = functools.partial(_read, reader, p, leaves[p.path].dtype)
+            values[p.path] = _place(p.shape, read, shardings.get(p.path))
     return nnx.merge(graphdef, replace_leaves(params, values))
 
 
@@ -91,14 +101,19 @@ def abstract(
     dtype=jnp.float32,
     *,
     attention: Implementation = "auto",
-    remat: bool = False,
+    remat: Remat = "none",
 ) -> Decoder:
     """A `Decoder` whose parameters are `jax.ShapeDtypeStruct`s: no memory, for ahead-of-time use."""
     if jnp.dtype(dtype) not in map(jnp.dtype, _DTYPES):
-        raise ValueError(f"dtype is {jnp.dtype(dtype).name}; it must be float32 or bfloat16")
-    return nnx.eval_shape(
-        lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=dtype, attention=attention, remat=remat)
-    )
+        raise ValueError(f"dtype is {jnp.dtype(dtype).name}; it must be float32, bfloat16 or int8")
+    narrow = jnp.dtype(dtype) == jnp.int8
+
+    def make() -> Decoder:
+        floats = jnp.bfloat16 if narrow else dtype
+        model = Decoder(config, rngs=nnx.Rngs(0), dtype=floats, attention=attention, remat=remat)
+        return with_int8(model) if narrow else model
+
+    return nnx.eval_shape(make)
 
 
 def load_config(path: str | Path) -> DecoderConfig:
@@ -193,21 +208,33 @@ def _check(path: Path, config: DecoderConfig, reader: Reader, wanted: list[Param
             raise ValueError(f"{reader.where(name)}: tensor {name!r} has shape {actual}, expected {shape}")
 
 
-def _place(reader: Reader, parameter: Parameter, dtype, sharding) -> jax.Array:
-    """Reads one parameter, each device's part on its own if there is a sharding."""
+def _place(shape: tuple[int, ...], read: Callable, sharding) -> jax.Array:
+    """The array of what `read` gives, each device's part on its own if there is a sharding."""
     if sharding is None:
-        whole = tuple(slice(0, size) for size in parameter.shape)
-        return jnp.asarray(_read(reader, parameter, dtype, whole))
+        return jnp.asarray(read(tuple(slice(0, size) for size in shape)))
     owners: dict[tuple, list[jax.Device]] = {}  # Devices that share a part share the reading.
-    for device, index in sharding.addressable_devices_indices_map(parameter.shape).items():
-        index = tuple(i.indices(size)[:2] for i, size in zip(index, parameter.shape, strict=True))
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        index = tuple(i.indices(size)[:2] for i, size in zip(index, shape, strict=True))
         owners.setdefault(index, []).append(device)
     placed = []
     for index, devices in owners.items():
-        part = _read(reader, parameter, dtype, tuple(slice(*i) for i in index))
+        part = read(tuple(slice(*i) for i in index))
         # Waited for, so that no more than one part is in the host's memory.
         placed += jax.block_until_ready([jax.device_put(part, device) for device in devices])
-    return jax.make_array_from_single_device_arrays(parameter.shape, sharding, placed)
+    return jax.make_array_from_single_device_arrays(shape, sharding, placed)
+
+
+def _place_int8(reader: Reader, parameter: Parameter, shardings: dict) -> dict[tuple[str, ...], jax.Array]:
+    """Reads one matrix, or a stack of them, as int8 with its scales."""
+    names = parameter.gguf_names if reader.gguf else parameter.hf_names
+    where = f"{reader.where(names[0])}: tensor {names[0]!r}"
+    quantiser = Quantiser(parameter, functools.partial(_read, reader, parameter, np.float32), where)
+    shape, scales = parameter.shape, scale_path(parameter.path)
+    channels = (*shape[:-2], shape[-1] if parameter.transposed else shape[-2])
+    return {
+        parameter.path: _place(shape, quantiser.values, shardings.get(parameter.path)),
+        scales: _place(channels, quantiser.scales, shardings.get(scales)),
+    }
 
 
 def _read(reader: Reader, parameter: Parameter, dtype, index: tuple[slice, ...]) -> np.ndarray:

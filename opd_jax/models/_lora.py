@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
 from opd_jax.models._decoder import Decoder
+from opd_jax.models._int8 import is_int8
 from opd_jax.models._layers import Linear, matmul, project
 from opd_jax.models._names import Path, parameters
 
@@ -209,7 +210,9 @@ def layout(kernel: Array) -> tuple[Sharding | None, Sharding | None]:
 
 
 def check_plain(model: Decoder) -> None:
-    """Raises ValueError if the model has adapters."""
+    """Raises ValueError if the model has adapters, or int8 weights."""
+    if is_int8(model):
+        raise ValueError("the model's weights are int8: it cannot be trained; load it in bfloat16 or float32")
     if adapted(model):
         raise ValueError("the model has adapters already; merge them first, by merge_lora")
 

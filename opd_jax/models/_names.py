@@ -55,6 +55,8 @@ def parameters(config: DecoderConfig, params: nnx.State) -> list[Parameter]:
     """Lists the parameters in `params`, the (abstract or real) state of a Decoder of `config`."""
     found = []
     for path, leaf in nnx.to_flat_state(params):
+        if path[-1].endswith("_scale"):  # of int8 weights: no checkpoint holds them
+            continue
         stacked = path[0] == "layers"
         hf, gguf = _NAMES[".".join(path)]
         layers = range(config.layers)

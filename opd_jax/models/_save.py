@@ -16,6 +16,7 @@ from flax import nnx
 from opd_jax._extras import require
 from opd_jax.models._decoder import Decoder
 from opd_jax.models._files import INDEX, SINGLE, inside
+from opd_jax.models._int8 import is_int8
 from opd_jax.models._lora import LoRAParam
 from opd_jax.models._names import Parameter, parameters
 from opd_jax.models._tokenizer import load_tokenizer
@@ -51,8 +52,13 @@ def save(model: Decoder, path: str | Path, *, max_shard_bytes: int = 5 * 2**30) 
 
     Raises:
         FileExistsError: if `path` is a file, or a folder with anything `save` does not write.
-        ValueError: if the model has adapters.
+        ValueError: if the model has adapters, or int8 weights.
     """
+    if is_int8(model):
+        raise ValueError(
+            "the model's weights are int8, rounded for scoring: no checkpoint holds them; load it in "
+            "bfloat16 or float32 to save it"
+        )
     if nnx.to_flat_state(nnx.state(model, LoRAParam)):
         raise ValueError("the model has adapters: save merge_lora(model), or the adapters alone by save_lora")
     path = Path(path).expanduser().absolute()

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 import socket
 import sys
 import time
@@ -245,7 +246,7 @@ def leave(error: BaseException) -> None:
     """
     if not several():
         return
-    if isinstance(error, jax.errors.JaxRuntimeError):
+    if re.match("[A-Z_]{5,}: ", str(error)):  # a status of XLA, which comes as errors of several kinds
         print("another process may have died; JAX soon says which", file=sys.stderr, flush=True)
         time.sleep(_STATE["heartbeat"] + _GRACE)
     if getattr(error, "everywhere", False):

@@ -11,8 +11,9 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from opd_jax.models import KVCache
 from opd_jax.models._protocol import LanguageModel, hidden_states, unembed
-from opd_jax.parallel import any_of, batch_sharding, place, to_host
+from opd_jax.parallel import any_of, batch_sharding, place, platform, to_host
 from opd_jax.rollout._sampling import Sampling, sample
 
 _SEGMENT = 32  # decode steps between two looks of the host (stop strings, progress)
@@ -133,7 +134,8 @@ def generate(
         raise ValueError(f"row_ids has shape {rows.shape}, expected {lengths.shape}")
     graphdef, params = nnx.split(model)
     tokens, lengths, rows = _place((tokens, lengths, rows.astype(np.uint32)), params)
-    stops = jnp.asarray(sorted(set(stop_token_ids)), jnp.int32)
+    stops = np.asarray(sorted(set(stop_token_ids)), np.int32)
+    key = _beside(key, params)
     static = dict(graphdef=graphdef, sampling=sampling)
     watched = bool(stop_strings) or on_progress is not None
     with _mesh_of(params):
@@ -201,6 +203,15 @@ def _place(batch: tuple, params: Any) -> tuple:
     return place(batch, sharding)
 
 
+def _beside(key: jax.Array, params: Any) -> jax.Array:
+    """The key; one on another mesh than that of the parameters is copied to theirs."""
+    sharding = jax.tree.leaves(params)[0].sharding
+    ours, theirs = (getattr(each, "mesh", None) for each in (key.sharding, sharding))
+    if None in (ours, theirs) or ours == theirs:
+        return key
+    return jax.device_put(key, NamedSharding(theirs, PartitionSpec()))
+
+
 @functools.partial(jax.jit, static_argnames=("graphdef", "sampling", "slots"))
 def _prefill(params, tokens, lengths, key, rows, stops, *, graphdef, sampling, slots) -> _State:
     model = nnx.merge(graphdef, params)
@@ -217,7 +228,7 @@ def _prefill(params, tokens, lengths, key, rows, stops, *, graphdef, sampling, s
         log_probs=jnp.zeros((batch, slots), jnp.float32),
         sampled_log_probs=jnp.zeros((batch, slots), jnp.float32),
     )
-    return _append(state, unembed(model, last[:, 0]), key, rows, stops, sampling)
+    return _put_away(_append(state, unembed(model, last[:, 0]), key, rows, stops, sampling))
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "sampling"), donate_argnames=("state",))
@@ -240,7 +251,24 @@ def _decode(params, state, prompts, prompt_lengths, key, rows, stops, until, *, 
         state = state._replace(cache=cache)
         return _append(state, unembed(model, hidden[:, 0]), key, rows, stops, sampling)
 
-    return jax.lax.while_loop(running, one_token, state)
+    return _put_away(jax.lax.while_loop(running, one_token, _taken_out(state)))
+
+
+def _put_away(state: _State, axes: tuple[int, ...] = (0, 2, 3, 1, 4)) -> _State:
+    """With a decoder's cache as it lies on a TPU between programs: [L, S, K, B, H].
+
+    There XLA keeps the cache of a loop that writes one slot after the other with slots outside and rows
+    inside, and what goes in and comes out in the order of its axes: any other order costs a copy each way.
+    """
+    cache = state.cache
+    if platform() != "tpu" or not isinstance(cache, KVCache):
+        return state
+    return state._replace(cache=cache._replace(k=cache.k.transpose(axes), v=cache.v.transpose(axes)))
+
+
+def _taken_out(state: _State) -> _State:
+    """The inverse."""
+    return _put_away(state, (0, 3, 1, 2, 4))
 
 
 def _append(state: _State, logits, key, rows, stops, sampling) -> _State:

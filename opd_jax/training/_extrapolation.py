@@ -2,6 +2,7 @@
 
 import functools
 import io
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -144,7 +145,9 @@ class Extrapolation:
 def _subset(setup: Setup, count: int) -> tasks.Prompts:
     """Training prompts drawn by the run's seed, as many as spread evenly over the mesh."""
     config, prompts = setup.config, setup.prompts
-    unit = config.micro_batches * setup.mesh.shape["data"] * setup.mesh.shape["fsdp"]
+    apart = setup.scorer.apart
+    meshes = [setup.mesh] if apart is None else [setup.mesh, apart.mesh]
+    unit = config.micro_batches * math.lcm(*(mesh.shape["data"] * mesh.shape["fsdp"] for mesh in meshes))
     count = -(-count // unit) * unit
     rng = np.random.default_rng(config.seed)
     ids = rng.choice(prompts.kept, count, replace=count > len(prompts.kept))

@@ -272,7 +272,8 @@ class _Run:
     def _evaluate(self) -> None:
         record, step = self.record, self.step
         if step == 0 and self.config.evaluation.teacher and not record.teacher:
-            record.teacher, _ = self._accuracy(self.setup.teacher, "evaluating the teacher")
+            with jax.set_mesh(self.setup.teacher_mesh):
+                record.teacher, _ = self._accuracy(self.setup.teacher, "evaluating the teacher")
             self._announce("teacher", record.teacher)
         metrics, samples = self._accuracy(self.setup.model(self.state.params), "evaluating the student")
         self._announce("student" if step else "student before training", metrics)

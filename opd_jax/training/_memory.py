@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from opd_jax.parallel import ROWS
@@ -42,8 +42,16 @@ def memory_table(setup: Setup, state: State) -> str:
     if str(config.student.dtype) != "float32" and setup.frozen is None:
         sizes["student's copy for sampling"] = sizes["student"] // 4 * np.dtype(config.student.dtype).itemsize
     sizes["KV cache"] = _cache_bytes(setup, state)
-    mesh = " ".join(f"{name}={size}" for name, size in setup.mesh.shape.items())
-    lines = [f"on each of {setup.mesh.size} devices ({mesh}), in MB:"]
+    table, apart = _table(setup.mesh, sizes, "devices"), setup.scorer.apart
+    if apart is None:
+        return table
+    there = _table(apart.mesh, {"teacher": bytes_per_device(apart.params)}, "devices of the teacher")
+    return f"{table}\n{there}"
+
+
+def _table(mesh: Mesh, sizes: dict[str, int], what: str) -> str:
+    axes = " ".join(f"{name}={size}" for name, size in mesh.shape.items())
+    lines = [f"on each of {mesh.size} {what} ({axes}), in MB:"]
     lines += [f"  {name:28}{size / 1e6:12.1f}" for name, size in sizes.items() if size]
     return "\n".join([*lines, f"  {'together':28}{sum(sizes.values()) / 1e6:12.1f}"])
 

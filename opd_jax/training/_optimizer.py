@@ -4,6 +4,7 @@ from collections.abc import Collection
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -26,7 +27,13 @@ def make_optimizer(
     foresight = foresight or ForesightConfig()
     track, allocate, project = foresight.track, foresight.allocate, foresight.project
     adamw = optax.adamw(
-        make_schedule(config), b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay
+        make_schedule(config),
+        # A Python number would be rounded with the moment that it multiplies: 0.9 is 0.8984 in bfloat16.
+        b1=config.b1 if config.mu_dtype == "float32" else np.float32(config.b1),
+        b2=config.b2,
+        eps=config.eps,
+        mu_dtype=config.mu_dtype,
+        weight_decay=config.weight_decay,
     )
     if project.rank:
         adamw = transforms.project_to_subspace(

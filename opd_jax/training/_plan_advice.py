@@ -38,7 +38,7 @@ def _smaller_rollout(one: Any, run: Shapes) -> str:
     text = f"the cache of {each} rows a device is {cache / _GIB:.1f} GiB"
     if one.limit is None:
         return text
-    room = max(one.limit - one.others, 0) / 2  # about as much again for temporaries
+    room = max(one.limit - one.others, 0) / 1.5  # half as much again for temporaries
     fewer = min(int(each * room / cache), each - 1) if cache else 0
     fewer = max((n for n in range(1, fewer + 1) if whole % n == 0), default=0)
     if not fewer:
@@ -49,8 +49,8 @@ def _smaller_rollout(one: Any, run: Shapes) -> str:
 def _smaller_training(run: Shapes) -> str:
     config, mesh = run.config, run.mesh
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
-    if not config.student.remat:
-        return "student.remat true recomputes layers instead of storing them"
+    if config.student.remat == "none":
+        return "student.remat block recomputes layers instead of storing them"
     if config.batch_size // config.micro_batches > rows:
         return f"micro_batches {2 * config.micro_batches}: fewer rows at a time"
     tensor = mesh.shape["tensor"]

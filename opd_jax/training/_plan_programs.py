@@ -70,6 +70,11 @@ def shapes(config: Config, mesh: Mesh, prompt_tokens: int | None = None) -> Shap
         raise ValueError(
             "plan does not know how long a teacher's own tokens are: teacher.align is not planned"
         )
+    if config.teacher.mesh is not None:
+        raise ValueError(
+            "plan puts student and teacher on the same devices: teacher.mesh is not planned; leave it out, "
+            "with --teacher.mesh null"
+        )
     longest = prompt_tokens or config.data.max_prompt_length
     student = models.load_config(config.student.path)
     graphdef, params, frozen = _student(config, student, mesh)
@@ -109,7 +114,7 @@ def programs(run: Shapes) -> Iterator[Program]:
     batch = _batch(run)
     hidden = []
     sizes = [model.config for model in scored] or [run.student]
-    for i, (score, graph) in enumerate(zip(scorer._scores, scorer.graphdefs, strict=True)):
+    for i, score in enumerate(scorer._scores):
         params = run.state.ema if config.teacher.ema is not None else scorer._models[i]
         frozen = run.frozen if config.teacher.ema is not None else None
         name = "score" if len(scorer.graphdefs) == 1 else f"score {list(config.all_teachers)[i]}"
@@ -118,7 +123,7 @@ def programs(run: Shapes) -> Iterator[Program]:
         yield Program(name, lambda _, f=score, a=arguments: _lower(f, *a), arguments, 1, useful)
         kind = _give(
             (config.batch_size, config.max_new_tokens, sizes[i].width),
-            _dtype_of(graph, params, config),
+            scored[i].dtype if scored else jnp.dtype(config.student.dtype),
             batch_sharding(run.mesh),
         )
         hidden.append(kind)
@@ -261,12 +266,6 @@ def _vocab_size(run: Shapes) -> int | None:
 
 def _sampled_dtype(config: Config, dtype: Any) -> Any:
     return dtype if config.student.dtype == "float32" else jnp.dtype(config.student.dtype)
-
-
-def _dtype_of(graphdef: nnx.GraphDef, params: Any, config: Config) -> Any:
-    if config.teacher.ema is not None:
-        return jnp.dtype(config.student.dtype)
-    return jax.tree.leaves(params)[0].dtype
 
 
 def _lower(function: Any, *arguments: Any, **keywords: Any) -> Any:

@@ -48,6 +48,8 @@ NEUTRAL = (
     "evaluation.teacher",
     "checkpoint.",
     "mesh.",
+    "teacher.mesh",
+    "teacher.mesh.",
     "logging.",
 )
 

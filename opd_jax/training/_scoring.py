@@ -6,10 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from opd_jax.config import Config
 from opd_jax.parallel import to_host
 from opd_jax.training._step import Batch, State, make_log_probs, make_measure, make_score
+from opd_jax.training._teacher_mesh import ApartTeacher
 
 
 class Scorer:
@@ -23,12 +25,14 @@ class Scorer:
         aligned: a teacher of another tokenizer, or None.
         reference: the model that progress is measured from, or None.
         vocab_size: tokens that the distributions range over; None: those that student and teachers share.
+        mesh: the student's, where the (only) teacher is on another one; or None.
 
     Attributes:
         vocab_size: as given.
         graphdefs: of the teachers, as `make_update` takes them.
         passes: whether there is anything to score.
-        models: arrays of the models that do not change.
+        models: arrays of the models that do not change, as far as they are on the student's mesh.
+        apart: the teacher, if it is on a mesh of its own; or None.
         measures: whether `measure` must be called before the update.
     """
 
@@ -42,10 +46,13 @@ class Scorer:
         aligned: nnx.Module | None = None,
         reference: nnx.Module | None = None,
         vocab_size: int | None = None,
+        mesh: Mesh | None = None,
     ):
         self.vocab_size = vocab_size
         self._ema, self._frozen = config.teacher.ema is not None, frozen
         self._models = [nnx.state(teacher) for teacher in teachers]
+        self.apart = None if mesh is None or not teachers else ApartTeacher(teachers[0], mesh)
+        self._given = self._models if self.apart is None else [self.apart.head]
         self.graphdefs = [student] if self._ema else [nnx.graphdef(teacher) for teacher in teachers]
         dtype = jnp.dtype(config.student.dtype)
         size = dict(micro_batches=config.micro_batches)
@@ -59,7 +66,7 @@ class Scorer:
             if model is not None
         }
         others = (nnx.state(model) for model in (aligned, reference) if model is not None)
-        self.models = [*self._models, *others]
+        self.models = [*self._given, *others]
         self.passes = bool(self.graphdefs or self._log_probs)
         self.measures = config.tokens.weights != "uniform" or config.early_stop.overlap > 0
         self._measure = make_measure(student, self.graphdefs, dtype=dtype, ema=self._ema, **size)
@@ -81,6 +88,8 @@ class Scorer:
             batch = batch._replace(reference_log_probs=judged)
         if self._ema:
             return batch, (), (self._scores[0](state.ema, batch, self._frozen),)
+        if self.apart is not None:
+            return batch, tuple(self._given), (self.apart.score(self._scores[0], batch),)
         present = None if batch.teacher_rows is None else set(to_host(batch.teacher_rows).tolist())
         hidden = []
         for i, (score, params) in enumerate(zip(self._scores, self._models, strict=True)):
@@ -89,7 +98,7 @@ class Scorer:
             else:  # nobody in this batch learns from it
                 shape = jax.eval_shape(score, params, batch)
                 hidden.append(jnp.zeros(shape.shape, shape.dtype, device=batch.mask.sharding))
-        return batch, tuple(self._models), tuple(hidden)
+        return batch, tuple(self._given), tuple(hidden)
 
     def measure(
         self, state: State, teacher_params: tuple, batch: Batch, hidden: tuple

@@ -24,6 +24,7 @@ from opd_jax.training._retokenize import Retokenize
 from opd_jax.training._scoring import Scorer
 from opd_jax.training._step import State, make_update
 from opd_jax.training._teacher_cache import TeacherCache
+from opd_jax.training._teacher_mesh import split_devices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +43,8 @@ class Setup:
     """Parameters of the student that are not trained, in the computation dtype; None: all are."""
     teacher: models.Decoder | None
     """The teacher, if there is one that does not change."""
+    teacher_mesh: Mesh
+    """Where it is: on `mesh`, or on one of its own."""
     teacher_of: np.ndarray | None
     """[examples] int32, which of several teachers an example of the data set has."""
     cache: TeacherCache | None
@@ -69,7 +72,9 @@ def prepare(config: Config, display: Display) -> tuple[Setup, State]:
     Raises:
         ValueError: with what is wrong, before any weight is loaded where it can be known by then.
     """
-    mesh = make_mesh(**dataclasses.asdict(config.mesh))
+    apart = config.teacher.mesh is not None
+    mesh = None if apart else make_mesh(**dataclasses.asdict(config.mesh))
+    mesh, teacher_mesh = split_devices(config) if apart else (mesh, mesh)
     tokenizer, stops, prompts, held_out = together(lambda: read_data(config, mesh, display))
     teacher_of = _teacher_of(config, prompts)
     cache = None
@@ -88,14 +93,15 @@ def prepare(config: Config, display: Display) -> tuple[Setup, State]:
 
     student, frozen = _student(config, tokenizer, mesh, display)
     graphdef, params = student
-    load = functools.partial(load_model, mesh=mesh, display=display, tokenizer=tokenizer)
+    load = functools.partial(load_model, display=display, tokenizer=tokenizer)
     teachers = []
     if config.teacher.ema is None and cache is None:
-        teachers = [load(_called("teacher", name), each) for name, each in config.all_teachers.items()]
+        named = config.all_teachers.items()
+        teachers = [load(_called("teacher", name), each, teacher_mesh) for name, each in named]
     reference = None
     if config.loss == "extrapolated_reverse_kl":
         own = dataclasses.replace(config.reference, path=config.reference.path or config.student.path)
-        reference = load("reference", own)
+        reference = load("reference", own, mesh)
     scored = [] if config.objective == "sft" or config.teacher.align else teachers
     aligned = teachers[0] if config.teacher.align else None
     vocab_size = None if cache is None else cache.vocab_size
@@ -103,8 +109,9 @@ def prepare(config: Config, display: Display) -> tuple[Setup, State]:
         widths = [model.config.vocab_size for model in (*teachers, reference)]
         vocab_size = min(models.load_config(config.student.path).vocab_size, *widths)
     scorer = Scorer(
-        config, graphdef, frozen, scored, aligned=aligned, reference=reference, vocab_size=vocab_size
-    )
+        config, graphdef, frozen, scored, aligned=aligned, reference=reference, vocab_size=vocab_size,
+        mesh=mesh if apart else None,
+    )  # fmt: skip
     optimizer = make_optimizer(config.optimizer, config.foresight)
     average = None if config.teacher.ema is None else jax.tree.map(jnp.copy, params)
     anchor = None if config.foresight.extrapolate.schedule == "off" else jax.tree.map(jnp.copy, params)
@@ -119,6 +126,7 @@ def prepare(config: Config, display: Display) -> tuple[Setup, State]:
         graphdef=graphdef,
         frozen=frozen,
         teacher=teachers[0] if len(teachers) == 1 else None,
+        teacher_mesh=teacher_mesh,
         teacher_of=teacher_of,
         cache=cache,
         retokenize=retokenize,
@@ -203,7 +211,7 @@ def load_model(name: str, model: Any, mesh: Mesh, display: Display, tokenizer: A
             dtype=jnp.dtype(model.dtype),
             mesh=mesh,
             attention=model.attention,
-            remat=getattr(model, "remat", False),
+            remat=getattr(model, "remat", "none"),
         )
     )
     if not getattr(model, "align", False):

@@ -89,9 +89,18 @@ def test_remat_changes_nothing_but_memory(tiny, tokens):
         jaxpr = str(jax.make_jaxpr(jax.grad(loss))(params))
         return jax.jit(jax.grad(loss))(params), ("checkpoint" in jaxpr or "remat" in jaxpr)
 
-    (plain, without), (recomputed, with_remat) = gradient(False), gradient(True)
+    (plain, without), (recomputed, with_remat) = gradient("none"), gradient("block")
     assert with_remat and not without
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), plain, recomputed)
+
+
+def test_remat_that_cannot_be(tiny):
+    for remat, message in (
+        ("offload", "offload, but on a CPU"),
+        (True, "remat is True; known: none, block, off"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            models.Decoder(tiny.config, rngs=nnx.Rngs(0), remat=remat)
 
 
 def test_bfloat16_gradient_is_close_to_float32(tiny, tokens):

@@ -274,7 +274,7 @@ def test_hub_id_offline(monkeypatch, tmp_path):
 
 
 def test_unsupported_dtype_argument(copy):
-    with pytest.raises(ValueError, match="dtype is float16; it must be float32 or bfloat16"):
+    with pytest.raises(ValueError, match="dtype is float16; it must be float32, bfloat16 or int8"):
         models.load(copy, dtype="float16")
 
 

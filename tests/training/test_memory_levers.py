@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from opd_jax import parallel
+from opd_jax import parallel, training
 from opd_jax.parallel import make_mesh
 from opd_jax.training import _batches, _setup
 from opd_jax.training._logging import Display
 from opd_jax.training._memory import _cache_bytes
 from opd_jax.training._step import _chunks
+from tests.training.runs import assert_same, read_weights
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -54,3 +55,13 @@ def test_a_chunk_is_so_many_tokens_of_each_device(sizes, shards):
         chunks, batch, width, _ = jax.eval_shape(lambda a: _chunks(a, 32), rows).shape
     assert batch == 8 and 8 // shards * width == 32 and chunks * width == 64
     assert parallel.row_shards() == 1 and jax.eval_shape(lambda a: _chunks(a, 32), rows).shape[2] == 4
+
+
+def test_a_run_with_a_bfloat16_moment_is_resumed_bitwise(make):
+    """Checkpoints hold it as it is."""
+    settings = dict(optimizer__mu_dtype="bfloat16", steps=3)
+    whole = training.train(make("whole", **settings))
+    training.train(make("parts", **settings | dict(steps=1)))
+    assert_same(read_weights(whole.model), read_weights(training.train(make("parts", **settings)).model))
+    _, state = _setup.prepare(make(**settings), Display(total=1))
+    assert "bfloat16" in {str(a.dtype) for a in jax.tree.leaves(state.opt_state)}

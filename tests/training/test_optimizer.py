@@ -12,8 +12,8 @@ from opd_jax.parallel import make_mesh, param_shardings
 from opd_jax.training._optimizer import init_optimizer, make_optimizer, make_schedule
 
 
-def numpy_adamw(params, gradients, rate, b1, b2, eps, decay, clip):
-    """Decoupled weight decay behind a global-norm clip, float64."""
+def numpy_adamw(params, gradients, rate, b1, b2, eps, decay, clip, kept=lambda first: first):
+    """Decoupled weight decay behind a global-norm clip, float64; `kept` of the first moment is stored."""
     first = {k: 0.0 for k in params}
     second = {k: 0.0 for k in params}
     for t, gradient in enumerate(gradients, 1):
@@ -25,11 +25,14 @@ def numpy_adamw(params, gradients, rate, b1, b2, eps, decay, clip):
             second[k] = b2 * second[k] + (1 - b2) * g**2
             m, v = first[k] / (1 - b1**t), second[k] / (1 - b2**t)
             params[k] = params[k] - rate(t - 1) * (m / (np.sqrt(v) + eps) + decay * params[k])
+            first[k] = kept(first[k])
     return params
 
 
-@pytest.mark.parametrize("clip", [0.5, float("inf")])
-def test_against_numpy(clip):
+@pytest.mark.parametrize(
+    ("clip", "mu_dtype"), [(0.5, "float32"), (float("inf"), "float32"), (0.5, "bfloat16")]
+)
+def test_against_numpy(clip, mu_dtype):
     rng = np.random.default_rng(0)
     params = {"a": rng.normal(size=(3, 4)), "b": rng.normal(size=5)}
     gradients = [{k: rng.normal(0, 10.0**-n, v.shape) for k, v in params.items()} for n in range(4)]
@@ -42,6 +45,7 @@ def test_against_numpy(clip):
         eps=1e-6,
         weight_decay=0.1,
         clip_norm=clip,
+        mu_dtype=mu_dtype,
     )
     optimizer = make_optimizer(config)
     got = {k: jnp.asarray(v, jnp.float32) for k, v in params.items()}
@@ -50,9 +54,48 @@ def test_against_numpy(clip):
         gradient = {k: jnp.asarray(g, jnp.float32) for k, g in gradient.items()}
         updates, state = optimizer.update(gradient, state, got)
         got = optax.apply_updates(got, updates)
-    expected = numpy_adamw(params, gradients, lambda t: 0.1 - 0.02 * t, 0.8, 0.95, 1e-6, 0.1, clip)
+    adam = next(s for s in jax.tree.leaves(state, is_leaf=lambda s: hasattr(s, "mu")) if hasattr(s, "mu"))
+    assert {str(a.dtype) for a in adam.mu.values()} == {mu_dtype}
+    assert {str(a.dtype) for a in adam.nu.values()} == {"float32"}
+    plain, rounded = (
+        numpy_adamw(
+            dict(params), gradients, lambda t: 0.1 - 0.02 * t, 0.8, 0.95, 1e-6, 0.1, clip,
+            kept=lambda first, dtype=dtype: np.asarray(first, dtype).astype(np.float64),
+        )
+        for dtype in (np.float64, jnp.bfloat16)
+    )  # fmt: skip
     for k in params:
+        expected = rounded if mu_dtype == "bfloat16" else plain
         np.testing.assert_allclose(got[k], expected[k], rtol=1e-5, atol=1e-6)
+    assert max(np.abs(plain[k] - rounded[k]).max() for k in params) > 1e-4  # the two can be told apart
+
+
+def test_a_bfloat16_second_moment_would_never_fall():
+    """Why there is no option for it: where gradients vanish, 0.999 v is v again, whatever v is."""
+    v = (1.0 + np.arange(128) / 128).astype(jnp.bfloat16)
+    np.testing.assert_array_equal((0.999 * v.astype(np.float64)).astype(jnp.bfloat16), v)
+
+
+def test_a_bfloat16_first_moment_in_a_subspace():
+    """It is moved along with the basis, stays bfloat16, and leads to nearly the same place."""
+    rng = np.random.default_rng(0)
+    gradients = rng.normal(size=(8, 2, 16, 3)) @ rng.normal(size=(2, 3, 12))  # of one row space
+    start, ends = {"up": jnp.ones((2, 16, 12))}, []
+    for dtype in ("float32", "bfloat16"):
+        project = ProjectConfig(rank=4, refresh=3, residual="error_feedback")
+        config = OptimizerConfig(learning_rate=0.01, mu_dtype=dtype)
+        optimizer = make_optimizer(config, ForesightConfig(project=project))
+        params, state = start, init_optimizer(optimizer, start)
+        dtypes = jax.tree.map(lambda a: a.dtype, state)
+        update = jax.jit(optimizer.update)
+        for gradient in gradients:
+            updates, state = update({"up": jnp.asarray(gradient, jnp.float32)}, state, params)
+            params = optax.apply_updates(params, updates)
+        assert jax.tree.map(lambda a: a.dtype, state) == dtypes
+        assert (jnp.bfloat16 in jax.tree.leaves(dtypes)) == (dtype == "bfloat16")
+        ends.append(params["up"])
+    np.testing.assert_allclose(*ends, atol=0.02 * float(jnp.abs(ends[0] - 1).max()))
+    assert (ends[0] != ends[1]).any()
 
 
 def test_zero_gradient_without_a_clip():

@@ -8,14 +8,17 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
 import yaml
+from flax import nnx
 
 from opd_jax import cli, config, models, training
 from opd_jax.config import MeshConfig
 from opd_jax.parallel import CHIPS, make_mesh
 from opd_jax.parallel._cost import Cost
 from opd_jax.training import _plan, _plan_advice
+from opd_jax.training._memory import shard_bytes
 from opd_jax.training._plan_programs import _forward, programs, shapes
 
 ROOT = Path(__file__).parents[2]
@@ -66,11 +69,28 @@ def test_forward_flops_are_two_a_weight():
         (["--mesh.fsdp", "2"], "needs 2 devices, but there are 8; the nearest that works: --mesh.fsdp -1"),
         (["--batch_size", "12"], "12: so many rows do not spread evenly .* make it a multiple of 8"),
         (ALIGN, r"teacher\.align is not planned"),
+        (["--teacher.mesh.fsdp", "4"], r"teacher\.mesh is not planned"),
     ],
 )
 def test_what_does_not_fit_together(words, message):
     with pytest.raises(ValueError, match=message):
         training.plan(config.load(DEMO, words), jax.devices()[:8])
+
+
+def test_an_int8_teacher_is_planned(demo):
+    """Its weights are arguments as they are stored; its states, and the student, are what they would be."""
+    settings = config.load(DEMO, ["--teacher.dtype", "int8"])
+    run = shapes(settings, make_mesh(devices=jax.devices()[:8]))
+    score, update = list(programs(run))[2:]
+    assert update.arguments[3][0].dtype == jnp.bfloat16
+    ours, theirs = (
+        sum(map(shard_bytes, jax.tree.leaves(nnx.state(each.teachers[0]))))
+        for each in (run, shapes(config.load(DEMO), run.mesh))
+    )
+    assert 0.25 < ours / theirs < 0.35  # of float32; the scales are not split over fsdp
+    compiled = score.lower(None).compile().memory_analysis().argument_size_in_bytes
+    before = next(each for each in demo[0].programs if each.name == "score").arguments
+    assert compiled == pytest.approx(before - theirs + ours, rel=0.01)
 
 
 def test_an_axis_that_does_not_divide(tmp_path):
@@ -115,8 +135,8 @@ def test_a_rollout_in_parts_runs_more_often():
 
 def test_advice_samples_fewer_at_once():
     run, *_ = eight_rows_at_once(["--batch_size", "96", "--rollout_batch", "48"])
-    cache = _plan_advice.cache_bytes(run)  # of 6 rows a device, of 12; there is room for 5 and as much again
-    one = training.ProgramPlan("prefill", fits=False, limit=10 / 6 * cache, others=0)
+    cache = _plan_advice.cache_bytes(run)  # of 6 rows a device, of 12; there is room for 5 and half as much
+    one = training.ProgramPlan("prefill", fits=False, limit=7.5 / 6 * cache, others=0)
     assert "sample fewer at once (rollout_batch 32 may fit)" in _plan_advice.advice(one, run)
     one.limit = cache / 6
     said = _plan_advice.advice(one, run)

@@ -124,7 +124,7 @@ NEUTRAL = [
     {"mesh": MeshConfig(data=2), "logging": LoggingConfig(every=7, tensorboard=True)},
     {"checkpoint": CheckpointConfig(every=1, keep=9)},
     {"evaluation": EvaluationConfig(every=5, batch_size=8)},
-    {"student": StudentConfig(path="small", remat=True, attention="xla")},
+    {"student": StudentConfig(path="small", remat="block", attention="xla")},
 ]
 
 

@@ -12,7 +12,7 @@ import opd_jax
 from tests.training.hlo import Sent
 
 _PROGRAM = """
-import json
+import json, re
 import jax, jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec as P
@@ -20,6 +20,7 @@ from opd_jax import models, rollout
 from opd_jax.config import Config, ForesightConfig, OptimizerConfig, TrackConfig
 from opd_jax.parallel import batch_sharding, compiling_for, make_mesh, param_shardings, topology
 from opd_jax.rollout import _generate
+from opd_jax.training._memory import shard_bytes
 from opd_jax.training._objectives import make_objective
 from opd_jax.training._optimizer import make_optimizer, optimizer_shardings
 from opd_jax.training._step import Batch, State, make_score, make_update
@@ -28,13 +29,13 @@ from tests.training.hlo import collectives
 mesh = make_mesh(1, 4, 2, devices=topology("v5e:2x4"))
 assert mesh.devices.flat[0].platform == "tpu"
 config = models.DecoderConfig(
-    vocab_size=6144, width=256, layers=3, heads=8, kv_heads=4, head_width=64, ff_width=512,
+    vocab_size=6144, width=256, layers=3, heads=8, kv_heads=4, head_width=128, ff_width=512,
     qk_norm=True, architecture="Qwen3ForCausalLM")
 rows, whole = batch_sharding(mesh), NamedSharding(mesh, P())
 give = lambda shape, dtype, sharding: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-def shapes(dtype):
-    graphdef, params = nnx.split(models.abstract(config, dtype, remat=True))
+def shapes(dtype, remat="block"):
+    graphdef, params = nnx.split(models.abstract(config, dtype, remat=remat))
     place = param_shardings(params, mesh)
     return graphdef, jax.tree.map(lambda p, s: give(p.shape, p.dtype, s), params, place)
 
@@ -55,6 +56,10 @@ def compiled(name, function, *args, **kwargs):
     print(json.dumps([name, collectives(done.as_text(), loops=N)]), flush=True)
     return done
 
+def reused(done, arguments):
+    least = sum(map(shard_bytes, jax.tree.leaves(arguments)))
+    assert done.memory_analysis().alias_size_in_bytes >= least > 0
+
 with compiling_for("tpu"), jax.set_mesh(mesh):
     hidden = give((B, N, config.width), jnp.bfloat16, rows)
     scored = compiled("score", make_score(teacher_graphdef, 2), teacher, batch)
@@ -62,27 +67,53 @@ with compiling_for("tpu"), jax.set_mesh(mesh):
     update = make_update(
         graphdef, (teacher_graphdef,), optimizer, make_objective(Config()),
         dtype=jnp.bfloat16, micro_batches=2, loss_chunk=32)
-    compiled("update", update, State(params, opt_state), (teacher,), batch, (hidden,))
+    state = State(params, opt_state)
+    done = compiled("update", update, state, (teacher,), batch, (hidden,))
+    reused(done, state)
     row = give((B,), jnp.uint32, rows)
     stops = give((2,), jnp.int32, whole)
     static = dict(graphdef=graphdef, sampling=rollout.Sampling(top_p=0.9))
     sampler = (shapes(jnp.bfloat16)[1], ints(B, width), ints(B), key, row, stops)
     prefilled = compiled("prefill", _generate._prefill, *sampler, slots=N, **static)
-    cache = prefilled.output_shardings.cache.k  # neither whole copies nor a copy of another layout for decode
-    assert cache.spec == P(None, "fsdp", None, "tensor"), cache
+    cache = prefilled.output_shardings.cache.k  # no whole copies
+    assert cache.spec == P(None, None, "tensor", "fsdp"), cache
     state = jax.eval_shape(lambda *a: _generate._prefill(*a, slots=N, **static), *sampler)
     state = jax.tree.map(lambda s, place: give(s.shape, s.dtype, place), state, prefilled.output_shardings)
-    compiled("decode", _generate._decode, sampler[0], state, *sampler[1:], N, **static)
+    done = compiled("decode", _generate._decode, sampler[0], state, *sampler[1:], N, **static)
+    reused(done, state)
+    # Nor is it copied into another layout on its way in or out.
+    copied = re.findall(r"= bf16\\[([\\d,]+)\\]\\S* copy\\(", done.as_text())
+    mine = sorted(cache.shard_shape(state.cache.k.shape))
+    assert copied and mine not in [sorted(map(int, sizes.split(","))) for sizes in copied]
+"""
+_OFFLOAD = """
+import jax, jax.numpy as jnp
+from flax import nnx
+from opd_jax import models, parallel
+
+mesh = parallel.make_mesh(1, 4, 2, devices=parallel.topology("v5e:2x4"))
+config = models.DecoderConfig(
+    vocab_size=256, width=512, layers=8, heads=4, kv_heads=2, head_width=128, ff_width=1024,
+    qk_norm=True, architecture="Qwen3ForCausalLM")
+tokens = jax.ShapeDtypeStruct((16, 2048), jnp.int32, sharding=parallel.batch_sharding(mesh))
+for remat in ("block", "offload"):
+    with parallel.compiling_for("tpu"), jax.set_mesh(mesh):
+        graphdef, params = nnx.split(models.abstract(config, jnp.bfloat16, remat=remat))
+        params = jax.tree.map(
+            lambda p, s: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=s),
+            params, parallel.param_shardings(params, mesh))
+        loss = lambda p, t: nnx.merge(graphdef, p).hidden_states(t)[0].astype(jnp.float32).sum()
+        done = jax.jit(jax.grad(loss)).trace(params, tokens).lower(lowering_platforms=("tpu",)).compile()
+    memory = done.memory_analysis()
+    print(memory.temp_size_in_bytes, memory.host_temp_size_in_bytes)
 """
 
 
 VOCABULARY, WIDTH, DEVICES, MICRO_BATCHES = 6144, 256, 4, 2  # as above; devices of mesh.fsdp
 
 
-@pytest.fixture(scope="module")
-def programs():
-    """The collectives of each program by its name. In its own process: libtpu takes a lock and reads the
-    environment when it is loaded."""
+def printed(program: str) -> list[str]:
+    """Lines of its own process: libtpu takes a lock and reads the environment when it is loaded."""
     pytest.importorskip("libtpu")
     root = str(Path(opd_jax.__file__).parents[1])
     environment = os.environ | dict(
@@ -90,9 +121,15 @@ def programs():
         JAX_PLATFORMS="cpu",
     )
     done = subprocess.run(
-        [sys.executable, "-c", _PROGRAM], check=True, env=environment, stdout=subprocess.PIPE
+        [sys.executable, "-c", program], check=True, env=environment, stdout=subprocess.PIPE
     )
-    found = dict(json.loads(line) for line in done.stdout.decode().splitlines())
+    return done.stdout.decode().splitlines()
+
+
+@pytest.fixture(scope="module")
+def programs():
+    """The collectives of each program by its name."""
+    found = dict(map(json.loads, printed(_PROGRAM)))
     return {
         name: [Sent(kind, tuple(dims), *rest) for kind, dims, *rest in all] for name, all in found.items()
     }
@@ -105,6 +142,7 @@ def of_vocabulary(sent: Sent) -> bool:
 
 @pytest.mark.tpu
 def test_every_program_of_a_run_compiles_for_a_tpu_slice(programs):
+    """And the update reuses the memory of the whole state, decode that of the whole cache."""
     assert list(programs) == ["score", "update", "prefill", "decode"]
     assert all(programs.values())
 
@@ -138,3 +176,11 @@ def test_no_tracked_matrix_is_gathered(programs):
     for sent in programs["update"]:
         if sent.kind == "all-gather" and sent.width == 4:
             assert len([n for n in sent.dims if n >= WIDTH // 2]) < 2, sent
+
+
+@pytest.mark.tpu
+def test_offloaded_inputs_of_layers_are_not_on_the_chip():
+    lines = (map(int, line.split()) for line in printed(_OFFLOAD))
+    (temporaries, there), (fewer, moved) = lines
+    inputs = 8 * 4 * 2048 * 512 * 2  # of 8 layers, 4 rows a device, bfloat16
+    assert (there, moved) == (0, inputs) and fewer < temporaries - 0.8 * inputs
