@@ -2,7 +2,7 @@
 
     python scripts/measure_scaling.py                      # Qwen3-1.7B <- 8B for 8, 16, 64, 256 chips of v5e
     python scripts/measure_scaling.py --fsdp 256           # weights spread over all chips
-    python scripts/measure_scaling.py --programs update --chips v5e:4x4,v5e:16x16 --student.remat false
+    python scripts/measure_scaling.py --programs update --chips v5e:4x4,v5e:16x16 --student.remat none
 
 Compiles the scoring and the update that `opd-jax train CONFIG` would run, for chips that need not be there
 (libtpu must be: pip install 'opd_jax[tpu]'). Weights are spread over `--fsdp` chips at most; a larger slice

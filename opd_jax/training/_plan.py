@@ -31,7 +31,7 @@ class ProgramPlan:
         name, runs: see `Program`.
         compile_seconds: how long XLA took.
         arguments, temporaries, outputs: bytes; outputs that reuse arguments' memory do not count.
-        others: bytes of the run's arrays that lie there meanwhile and are no arguments.
+        others: bytes of the run's arrays that lie there meanwhile and are no arguments, or are not used.
         peak: all of these together; None if XLA refused the program.
         needs: bytes that XLA says the program would need, where it refused; None: it was not asked.
         limit: bytes that the chip has for programs, or None.
@@ -216,6 +216,10 @@ def _compile(program: Program, run: Shapes, chip: Chip | None, before: Any) -> t
     one.compile_seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
     one.arguments, one.temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    given = sum(shard_bytes(leaf) for leaf in jax.tree.leaves(program.arguments) if leaf.sharding)
+    one.others += max(
+        given - one.arguments, 0
+    )  # what XLA drops, such as a teacher's layers, is there all the same
     one.outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
     _compare(one, chip)
     counted = cost(compiled.as_text(), kernels=_kernels, loops=program.repeats)

@@ -26,14 +26,11 @@ def test_arguments_and_outputs_are_those_that_xla_counts(quick_compilation):
     compiled = training.plan(settings, jax.devices()[:8])
     assert by_hand.kind == "NVIDIA H100 80GB HBM3" and by_hand.fits and compiled.fits is None
     for ours, xlas in zip(by_hand.programs, compiled.programs, strict=True):
-        assert ours.by_hand and not xlas.by_hand and (ours.name, ours.others) == (xlas.name, xlas.others)
-        slack = 2000  # scalars, and small arrays that XLA rounds up
-        if ours.name == "update":  # XLA drops the teacher's layers: the update only unembeds
-            assert ours.arguments > xlas.arguments
-        else:  # nor has it the masks and weights that a score does not look at, and lengths of rows by hand
-            assert ours.arguments == pytest.approx(xlas.arguments, rel=0.02, abs=slack)
+        assert ours.by_hand and not xlas.by_hand and ours.name == xlas.name
+        there = xlas.arguments + xlas.others
+        assert ours.arguments + ours.others == pytest.approx(there, rel=0.01, abs=2000)  # scalars
         if ours.name != "update":
-            assert ours.outputs == pytest.approx(xlas.outputs, rel=0.02, abs=slack)
+            assert ours.outputs == pytest.approx(xlas.outputs, rel=0.02, abs=2000)
 
 
 def test_temporaries_in_closed_form():
