@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from opd_jax import parallel, training
+from opd_jax import parallel, rollout, training
 from opd_jax.parallel import make_mesh
 from opd_jax.training import _batches, _setup
 from opd_jax.training._logging import Display
@@ -20,7 +20,8 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 @pytest.mark.parametrize("teacher_writes", [False, True])
 def test_parts_of_a_rollout_are_the_rollout(make, teacher_writes):
-    """Tokens exactly; each part has rows and keys of its own. Groups of 2 go across the parts of 4 rows."""
+    """Tokens exactly. Log-probs up to what the rounding of other products becomes in this model, whose
+    weights are large; bitwise they are those of the sampler called for a part of the rows alone."""
     changes = dict(lmbda=0.0, off_policy="teacher") if teacher_writes else dict(samples_per_prompt=2)
     found = []
     for rows in (0, 4) if teacher_writes else (0, 4, 1):
@@ -33,7 +34,13 @@ def test_parts_of_a_rollout_are_the_rollout(make, teacher_writes):
         for name in ("prompts", "completions", "mask", "weights"):
             np.testing.assert_array_equal(getattr(parts, name), getattr(whole, name), err_msg=name)
         if not teacher_writes:
-            np.testing.assert_allclose(parts.rollout_log_probs, whole.rollout_log_probs, atol=1e-6, rtol=1e-6)
+            np.testing.assert_allclose(parts.rollout_log_probs, whole.rollout_log_probs, atol=1e-4)
+            some = np.arange(8 - rows, 8)
+            alone = rollout.generate(
+                setup.model(state.params), whole.prompts[some], jax.random.key(3), row_ids=some,
+                prompt_lengths=whole.prompt_lengths[some], max_new_tokens=8, stop_token_ids=setup.stops,
+            )  # fmt: skip
+            np.testing.assert_array_equal(parts.rollout_log_probs[some], alone.log_probs)
         assert others == metrics and smaller == cache * rows / 8
 
 
