@@ -20,6 +20,7 @@ from opd_jax.parallel._mesh import ROWS as ROWS
 from opd_jax.parallel._mesh import batch_sharding as batch_sharding
 from opd_jax.parallel._mesh import constrain as constrain
 from opd_jax.parallel._mesh import make_mesh as make_mesh
+from opd_jax.parallel._mesh import nearest as nearest
 from opd_jax.parallel._mesh import row_shards as row_shards
 from opd_jax.parallel._platform import compiling_for as compiling_for
 from opd_jax.parallel._platform import platform as platform

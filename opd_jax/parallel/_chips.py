@@ -136,14 +136,3 @@ def bound(chip: Chip, flops: float, moved: float, sent: float) -> dict[str, floa
         {'compute': 1.0, 'memory': 0.5, 'links': 0.0}
     """
     return dict(compute=flops / chip.flops, memory=moved / chip.bandwidth, links=sent / chip.links)
-
-
-def nearest(size: int, wanted: int) -> int:
-    """The divisor of `size` that is nearest to `wanted`, the smaller of two.
-
-    Example:
-        >>> nearest(32, 6), nearest(151936, 3)
-        (4, 2)
-    """
-    divisors = (d for d in range(1, size + 1) if size % d == 0)
-    return min(divisors, key=lambda d: (abs(d - wanted), d))

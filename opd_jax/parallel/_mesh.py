@@ -47,15 +47,40 @@ def make_mesh(
         if len(devices) % fixed:
             raise ValueError(
                 f"{len(devices)} devices cannot be divided by the {fixed} that"
-                f" {', '.join(f'{n}={s}' for n, s in sizes.items() if s != -1)} ask for"
+                f" {', '.join(f'{n}={s}' for n, s in sizes.items() if s != -1)} ask for; the nearest that"
+                f" works is {_nearest_sizes(sizes, len(devices))}"
             )
         sizes[free[0]] = len(devices) // fixed
     elif fixed != len(devices):
         asked = " x ".join(f"{n}={s}" for n, s in sizes.items())
-        raise ValueError(f"mesh {asked} needs {fixed} devices, but there are {len(devices)}")
+        raise ValueError(
+            f"mesh {asked} needs {fixed} devices, but there are {len(devices)}; fsdp=-1 takes what the others"
+            " leave"
+        )
     shape = tuple(sizes.values())
     axis_types = (AxisType.Auto,) * len(AXES)
     return jax.make_mesh(shape, AXES, axis_types, devices=devices)
+
+
+def _nearest_sizes(sizes: dict[str, int], count: int) -> str:
+    """Sizes that divide `count`, each as near as can be after those before it."""
+    found = []
+    for name, size in sizes.items():
+        if size != -1:
+            found.append(f"{name}={nearest(count, size)}")
+            count //= nearest(count, size)
+    return ", ".join(found)
+
+
+def nearest(size: int, wanted: int) -> int:
+    """The divisor of `size` that is nearest to `wanted`, the smaller of two.
+
+    Example:
+        >>> nearest(32, 6), nearest(151936, 3)
+        (4, 2)
+    """
+    divisors = (d for d in range(1, size + 1) if size % d == 0)
+    return min(divisors, key=lambda d: (abs(d - wanted), d))
 
 
 def constrain(x: jax.Array, *spec: str | tuple[str, ...] | None) -> jax.Array:

@@ -12,13 +12,13 @@ from opd_jax import models, parallel
 from opd_jax.config import Config, MeshConfig
 from opd_jax.models._attention import kernel_flops
 from opd_jax.parallel import make_mesh
-from opd_jax.parallel._chips import Chip, StandIns, bound, chip_of, nearest
+from opd_jax.parallel._chips import Chip, StandIns, bound, chip_of
 from opd_jax.parallel._cost import Cost, cost
 from opd_jax.training import _plan_advice
+from opd_jax.training._layout import check_rows, check_split
 from opd_jax.training._memory import shard_bytes
 from opd_jax.training._plan_by_hand import need
 from opd_jax.training._plan_programs import Program, Shapes, programs, shapes
-from opd_jax.training._setup import _check_rows
 
 _GIB = 2.0**30
 
@@ -131,8 +131,11 @@ def plan(
     """
     config.validate()
     device = devices[0]
-    mesh = _mesh(config.mesh, devices)
-    _check(config, mesh)
+    mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
+    check_rows(config, mesh)
+    for path in _paths(config):
+        for notice in check_split(path, mesh):
+            progress(notice)
     stands = devices.chip if isinstance(devices, StandIns) else None
     chip, kind = stands or chip_of(device), stands.kinds[0] if stands else device.device_kind
     found: list[ProgramPlan] = []
@@ -282,43 +285,6 @@ def _kernels(name: str, operands: list) -> float | None:
     return kernel_flops(name, [shape.dims for shape in operands])
 
 
-def _mesh(asked: MeshConfig, devices: Sequence[Any]) -> Any:
-    sizes = dataclasses.asdict(asked)
-    try:
-        return make_mesh(**sizes, devices=devices)
-    except ValueError as error:
-        count = len(devices)
-        offers = [
-            f"--mesh.{name} {nearest(count, size)}"
-            for name, size in sizes.items()
-            if size > 0 and count % size
-        ]
-        offers = offers or ["--mesh.fsdp -1"]
-        raise ValueError(f"{error}; the nearest that works: {', '.join(offers)}") from None
-
-
 def _paths(config: Config) -> list[str]:
     paths = [config.student.path, *(teacher.path for teacher in config.all_teachers.values())]
     return [*paths, config.reference.path] if config.reference.path else paths
-
-
-def _check(config: Config, mesh: Any) -> None:
-    """Raises ValueError if an axis does not divide what it splits."""
-    tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
-    for path in _paths(config):
-        sizes = models.load_config(path)
-        split = (
-            ("tensor", tensor, "attention heads", sizes.heads),
-            ("tensor", tensor, "tokens of the vocabulary", sizes.vocab_size),
-            ("tensor", tensor, "columns of the MLP", sizes.ff_width),
-            ("fsdp", fsdp, "columns of the width", sizes.width),
-        )
-        for axis, count, what, size in split:
-            if size % count:
-                raise ValueError(
-                    f"mesh.{axis} is {count}, which does not divide the {size} {what} of {path}; "
-                    f"the nearest that does is {nearest(size, count)}"
-                )
-    _check_rows("batch_size / micro_batches", config.batch_size // config.micro_batches, mesh)
-    if config.rollout_batch:
-        _check_rows("rollout_batch", config.rollout_batch, mesh)

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from opd_jax import models, tasks
 from opd_jax.config import Config, ReferenceConfig, TeacherConfig
 from opd_jax.parallel import make_mesh, together
+from opd_jax.training._layout import check_rows, check_split
 from opd_jax.training._logging import Display
 from opd_jax.training._objectives import make_objective, weight_bounds
 from opd_jax.training._optimizer import carried, init_optimizer, make_optimizer, optimizer_shardings
@@ -75,6 +76,7 @@ def prepare(config: Config, display: Display) -> tuple[Setup, State]:
     apart = config.teacher.mesh is not None
     mesh = None if apart else make_mesh(**dataclasses.asdict(config.mesh))
     mesh, teacher_mesh = split_devices(config) if apart else (mesh, mesh)
+    together(lambda: _check_layout(config, mesh, teacher_mesh, display))
     tokenizer, stops, prompts, held_out = together(lambda: read_data(config, mesh, display))
     teacher_of = _teacher_of(config, prompts)
     cache = None
@@ -137,6 +139,14 @@ def prepare(config: Config, display: Display) -> tuple[Setup, State]:
     return setup, state
 
 
+def _check_layout(config: Config, mesh: Mesh, teacher_mesh: Mesh, display: Display) -> None:
+    placed = [(config.student.path, mesh), (config.reference.path, mesh)]
+    placed += [(each.path, teacher_mesh) for each in config.all_teachers.values()]
+    for path, place in placed:
+        for notice in check_split(path, place) if path else ():
+            display.print(notice)
+
+
 def still(setup: Setup, state: State, names: Collection[str]) -> tuple[Setup, State]:
     """The run with parameters that stay as they are from now on: they have no gradient and no moments.
 
@@ -170,11 +180,7 @@ def read_data(
     Raises:
         ValueError: with what is wrong.
     """
-    _check_rows("batch_size / micro_batches", config.batch_size // config.micro_batches, mesh)
-    if config.rollout_batch:
-        _check_rows("rollout_batch", config.rollout_batch, mesh)
-    if config.evaluation.prompts:
-        _check_rows("evaluation.batch_size", config.evaluation.batch_size, mesh)
+    check_rows(config, mesh)
     display.status("reading tokenizers and data")
     tokenizer = models.load_tokenizer(config.student.path)
     stops = models.stop_token_ids(config.student.path, tokenizer)
@@ -335,16 +341,6 @@ def _report(display: Display, prompts: tasks.Prompts, total: int, kind: str) -> 
         display.print(
             f"{prompts.dropped} of {total} {kind} examples are longer than data.max_prompt_length (or, "
             "for sft, max_new_tokens) and were dropped"
-        )
-
-
-def _check_rows(key: str, rows: int, mesh: Mesh) -> None:
-    """Raises ValueError if that many rows cannot be spread over the mesh."""
-    data, fsdp = mesh.shape["data"], mesh.shape["fsdp"]
-    if rows % (data * fsdp):
-        raise ValueError(
-            f"{key} is {rows}: so many rows do not spread evenly over mesh.data x mesh.fsdp = {data} x "
-            f"{fsdp} = {data * fsdp} devices; make it a multiple of {data * fsdp}"
         )
 
 

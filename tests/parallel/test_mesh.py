@@ -65,3 +65,8 @@ def test_what_does_not_divide_stays_whole():
 def test_rules_that_are_wrong(rules, axes, message):
     with pytest.raises(ValueError, match=message):
         parallel.ShardingRules(**rules).spec(axes, (16, 32), EIGHT)
+
+
+def test_sizes_that_do_not_divide_the_devices_are_told_the_nearest():
+    with pytest.raises(ValueError, match=r"8 devices .* by the 9 .* nearest that works is data=2, tensor=2"):
+        parallel.make_mesh(data=3, tensor=3, devices=jax.devices()[:8])

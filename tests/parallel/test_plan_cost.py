@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import pytest
 
 from opd_jax.models._attention import kernel_flops
-from opd_jax.parallel import CHIPS, compiling_for, platform, topology
-from opd_jax.parallel._chips import TOPOLOGIES, bound, nearest
+from opd_jax.parallel import CHIPS, compiling_for, nearest, platform, topology
+from opd_jax.parallel._chips import TOPOLOGIES, bound
 from opd_jax.parallel._cost import cost
 
 _LOOP = """
@@ -137,7 +137,7 @@ def test_chips():
     assert {chip.name for chip in CHIPS} == set(TOPOLOGIES)
     for chip in CHIPS:
         assert 1e14 < chip.flops < 1e15 and chip.source.startswith("https://")
-        assert 0.95 < chip.usable / chip.memory < 1.01
+        assert 0.91 < chip.usable / chip.memory < 1.01
         assert 50 < chip.flops / chip.bandwidth < 1000 and chip.links < chip.bandwidth
     kinds = [kind for chip in CHIPS for kind in chip.kinds]
     assert len(kinds) == len(set(kinds))

@@ -65,8 +65,8 @@ def test_forward_flops_are_two_a_weight():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--mesh.tensor", "3"], "8 devices cannot be divided by the 3.*nearest that works: --mesh.tensor 2"),
-        (["--mesh.fsdp", "2"], "needs 2 devices, but there are 8; the nearest that works: --mesh.fsdp -1"),
+        (["--mesh.tensor", "3"], "8 devices cannot be divided by the 3.*nearest that works is .*tensor=2"),
+        (["--mesh.fsdp", "2"], "needs 2 devices, but there are 8; fsdp=-1 takes what the others leave"),
         (["--batch_size", "12"], "12: so many rows do not spread evenly .* make it a multiple of 8"),
         (ALIGN, r"teacher\.align is not planned"),
         (["--teacher.mesh.fsdp", "4"], r"teacher\.mesh is not planned"),
