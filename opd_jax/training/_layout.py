@@ -38,11 +38,10 @@ def check_split(path: str, mesh: Mesh) -> list[str]:
         count = mesh.shape[axis]
         if size % count:
             text = f"mesh.{axis} is {count}, which does not divide the {size} {what} of {path}"
+            better = f"the nearest that does is {nearest(size, count)}"
             if part is None:
-                raise ValueError(f"{text}; the nearest that does is {nearest(size, count)}")
-            whole.append(
-                f"{text}: {part} are whole on every device (it would divide by {nearest(size, count)})"
-            )
+                raise ValueError(f"{text}; {better}")
+            whole.append(f"{text}: {part} are whole on every device; {better}")
     return whole
 
 
