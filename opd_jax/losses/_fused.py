@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
+from jax.sharding import AxisType
 from jax.typing import ArrayLike
 
 from opd_jax.losses._inputs import check_temperature, common_size
@@ -368,7 +369,9 @@ def _project_gradient(sums: Unembedding, gradient: jax.Array, states: jax.Array,
 
 def _add(total: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
     """total + rows^T columns, [R, C] from [n, R] and [n, C]."""
-    return total + _contract(_transpose(rows), columns, 1, 0)
+    place = jax.typeof(total).sharding  # on an Explicit mesh, the sum over devices that hold other rows
+    explicit = AxisType.Explicit in place.mesh.axis_types
+    return total + _contract(_transpose(rows), columns, 1, 0, place if explicit else None)
 
 
 def _add_blocks(total: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
@@ -395,6 +398,6 @@ def _transpose(x: jax.Array) -> jax.Array:
     return x.T if x.dtype == jnp.float32 else with_layout_constraint(x.T, Layout((0, 1)))
 
 
-def _contract(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:
+def _contract(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int, place: Any = None) -> jax.Array:
     dimensions = (((a_axis,), (b_axis,)), ((), ()))
-    return lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
+    return lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32, out_sharding=place)
