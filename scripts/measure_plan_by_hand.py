@@ -19,7 +19,7 @@ from opd_jax.training._plan_programs import programs, shapes
 ROOT = Path(__file__).resolve().parents[1]
 PLANS = (
     ("qwen3_1.7b_from_8b", "v5e:8x8", "qwen3_1.7b", "qwen3_8b"),
-    ("qwen3_8b_math", "v5p:4x4x4", "qwen3_8b", "qwen3_32b"),
+    ("qwen3_8b_from_32b", "v5p:2x4x4", "qwen3_8b", "qwen3_32b"),
 )
 
 

@@ -1,14 +1,17 @@
 """Memory of a machine that nothing here compiles for, added up by hand, against what XLA says of the same
 arrays elsewhere."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
 import pytest
 
 from opd_jax import config, parallel, training
+from opd_jax._config_io import flatten
 from opd_jax.training._plan_by_hand import _chunk, _layer
 from opd_jax.training._plan_programs import shapes
+from opd_jax.training._run import _neutral
 
 ROOT = Path(__file__).parents[2]
 DEMO = "configs/demo.yaml"
@@ -68,3 +71,14 @@ def test_what_does_not_fit_is_told(monkeypatch):
 def test_more_gpus_than_virtual_devices():
     with pytest.raises(ValueError, match=r"no topology 'h100:16'.*h100: 1, 2, 4, 8"):
         parallel.topology("h100:16")
+
+
+@pytest.mark.parametrize("name", ["qwen3_1.7b_from_8b", "qwen3_8b_from_32b"])
+def test_the_run_on_gpus_is_the_run_on_tpus(name):
+    """But for what makes room, which leaves the result as it is, and an int8 teacher for the largest."""
+    one, other = (
+        flatten(dataclasses.asdict(config.load(f"configs/{file}.yaml"))) for file in (name, f"{name}_h100")
+    )
+    differing = {key for key in one | other if one.get(key) != other.get(key)} - {"run_dir"}
+    allowed = {"teacher.dtype", "optimizer.mu_dtype"} if "32b" in name else set()
+    assert {key for key in differing if not _neutral(key)} <= allowed
