@@ -33,4 +33,5 @@ if [[ ! -x .venv/bin/opd-jax ]]; then
 fi
 # Says so at once if JAX sees no GPU, instead of training on the CPU.
 do_ .venv/bin/python -c 'import jax; assert jax.default_backend() == "gpu", jax.devices()'
+export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92} # JAX takes 0.75 by itself
 do_ exec .venv/bin/opd-jax train "$CONFIG" "$@"

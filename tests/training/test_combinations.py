@@ -19,6 +19,7 @@ from opd_jax import losses, models, tasks
 from opd_jax.config import Config, EarlyStopConfig, TeacherConfig, TokensConfig
 from opd_jax.parallel import make_mesh
 from opd_jax.training import _batches, _retokenize, _setup, _step
+from opd_jax.training._heads import unembedder
 from opd_jax.training._logging import Display
 from opd_jax.training._objectives import make_objective, token_weights
 from opd_jax.training._retokenize import Retokenize
@@ -130,7 +131,8 @@ def test_a_padded_student_of_a_cached_teacher(student, batch):
     (term,) = make_objective(OBJECTIVES["cached"])
 
     def loss(hidden, model, vocab_size):
-        return term.loss(_step._tokens(nnx.merge(*model), [], vocab_size, hidden, (), None, fields)).sum()
+        heads = [unembedder(nnx.merge(*model), len(hidden))]
+        return term.loss(_step._tokens(heads, vocab_size, hidden, (), None, fields)).sum()
 
     expected = jax.value_and_grad(loss)(hidden, student, None)
     value, gradient = jax.value_and_grad(loss)(hidden, widen(student), V)

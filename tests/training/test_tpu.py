@@ -20,7 +20,6 @@ from opd_jax import models, rollout
 from opd_jax.config import Config, ForesightConfig, OptimizerConfig, TrackConfig
 from opd_jax.parallel import batch_sharding, compiling_for, make_mesh, param_shardings, topology
 from opd_jax.rollout import _generate
-from opd_jax.training._memory import shard_bytes
 from opd_jax.training._objectives import make_objective
 from opd_jax.training._optimizer import make_optimizer, optimizer_shardings
 from opd_jax.training._step import Batch, State, make_score, make_update
@@ -57,17 +56,19 @@ def compiled(name, function, *args, **kwargs):
     return done
 
 def reused(done, arguments):
-    least = sum(map(shard_bytes, jax.tree.leaves(arguments)))
-    assert done.memory_analysis().alias_size_in_bytes >= least > 0
+    header = done.as_text().partition("entry_computation_layout")[0]
+    aliased = re.findall(r"\\(\\d+, \\{\\}, (?:may|must)-alias\\)", header)
+    assert len(aliased) == len(jax.tree.leaves(arguments)) > 0
 
 with compiling_for("tpu"), jax.set_mesh(mesh):
     hidden = give((B, N, config.width), jnp.bfloat16, rows)
     scored = compiled("score", make_score(teacher_graphdef, 2), teacher, batch)
     assert scored.output_shardings.spec == P("fsdp"), scored.output_shardings
+    state = State(params, opt_state)
     update = make_update(
         graphdef, (teacher_graphdef,), optimizer, make_objective(Config()),
-        dtype=jnp.bfloat16, micro_batches=2, loss_chunk=32)
-    state = State(params, opt_state)
+        dtype=jnp.bfloat16, micro_batches=2, loss_chunk=32,
+        shardings=jax.tree.map(lambda a: a.sharding, state))
     done = compiled("update", update, state, (teacher,), batch, (hidden,))
     reused(done, state)
     row = give((B,), jnp.uint32, rows)
@@ -93,20 +94,18 @@ from opd_jax import models, parallel
 
 mesh = parallel.make_mesh(1, 4, 2, devices=parallel.topology("v5e:2x4"))
 config = models.DecoderConfig(
-    vocab_size=4096, width=512, layers=8, heads=8, kv_heads=4, head_width=64, ff_width=1024,
+    vocab_size=256, width=256, layers=8, heads=4, kv_heads=2, head_width=128, ff_width=512,
     qk_norm=True, architecture="Qwen3ForCausalLM")
 tokens = jax.ShapeDtypeStruct((16, 2048), jnp.int32, sharding=parallel.batch_sharding(mesh))
-for remat in ("block", "offload"):
-    with parallel.compiling_for("tpu"), jax.set_mesh(mesh):
-        graphdef, params = nnx.split(models.abstract(config, jnp.bfloat16, remat=remat))
-        params = jax.tree.map(
-            lambda p, s: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=s),
-            params, parallel.param_shardings(params, mesh))
-        loss = lambda p, t: jnp.square(nnx.merge(graphdef, p).hidden_states(t)[0].astype(jnp.float32)).sum()
-        traced = jax.jit(jax.value_and_grad(loss)).trace(params, tokens)
-        done = traced.lower(lowering_platforms=("tpu",)).compile()
-    memory = done.memory_analysis()
-    print(memory.temp_size_in_bytes, memory.host_temp_size_in_bytes)
+with parallel.compiling_for("tpu"), jax.set_mesh(mesh):
+    graphdef, params = nnx.split(models.abstract(config, jnp.bfloat16, remat="offload"))
+    params = jax.tree.map(
+        lambda p, s: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=s),
+        params, parallel.param_shardings(params, mesh))
+    loss = lambda p, t: jnp.square(nnx.merge(graphdef, p).hidden_states(t)[0].astype(jnp.float32)).sum()
+    traced = jax.jit(jax.value_and_grad(loss)).trace(params, tokens)
+    done = traced.lower(lowering_platforms=("tpu",)).compile()
+print(done.memory_analysis().host_temp_size_in_bytes)
 """
 
 
@@ -182,7 +181,6 @@ def test_no_tracked_matrix_is_gathered(programs):
 @pytest.mark.slow
 @pytest.mark.tpu
 def test_offloaded_inputs_of_layers_are_not_on_the_chip():
-    lines = (map(int, line.split()) for line in printed(_OFFLOAD))
-    (temporaries, there), (fewer, moved) = lines
-    inputs = 8 * 4 * 2048 * 512 * 2  # of 8 layers, 4 rows a device, bfloat16
-    assert (there, moved) == (0, inputs) and fewer < temporaries - 0.8 * inputs
+    """Their bytes, of 8 layers and 4 rows a device in bfloat16, are in the host's memory. (At twice the width
+    the chip needs 114 MiB of temporaries, with `block` 186; compiling both takes a minute.)"""
+    assert int(printed(_OFFLOAD)[0]) == 8 * 4 * 2048 * 256 * 2
