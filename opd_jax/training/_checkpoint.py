@@ -132,7 +132,7 @@ class Checkpoints:
         wrong = []
         for step in reversed(self.steps):
             try:
-                state, record = parallel.together(lambda step=step: self._restore(step, like))
+                state, record = self._restore(step, like)
             except Exception as error:
                 wrong.append((step, _short(f"step {step}", error)))
                 _log.warning("checkpoint of %s; trying the one before", wrong[-1][1])
@@ -150,22 +150,41 @@ class Checkpoints:
         return None
 
     def _restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
-        args = self._ocp.args
-        saved = self._manager.restore(step, args=args.Composite(record=args.JsonRestore())).record
-        if zlib.crc32(saved["body"].encode()) != saved["crc32"]:
-            raise CheckpointError("its record is damaged (checksum differs)")
-        body = json.loads(saved["body"])
-        like = like(body["record"]) if callable(like) else like
-        wanted = {  # in the tree's order; jax.tree.map over the dict would sort it
-            name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding)
-            for name, a in _flatten(like).items()
-        }
-        _compare({name: kind for name, (kind, _) in body["arrays"].items()}, wanted)
-        state = self._manager.restore(step, args=args.Composite(state=args.StandardRestore(wanted))).state
+        # No process waits for another within `_read`: it may fail on the one whose part is damaged.
+        treedef, names, state, body = parallel.together(lambda: self._read(step, like))
         for name, value in checksums(state).items():
             if int(value) != body["arrays"][name][1]:
                 raise CheckpointError(f"{name} is damaged (checksum differs)")
-        return jax.tree.unflatten(jax.tree.structure(like), [state[name] for name in wanted]), body["record"]
+        return jax.tree.unflatten(treedef, [state[name] for name in names]), body["record"]
+
+    def _read(self, step: int, like: Any) -> tuple[Any, list[str], dict[str, jax.Array], dict[str, Any]]:
+        """(structure, names in its order, arrays by name, what stands beside them) of a checkpoint."""
+        args = self._ocp.args
+        with self._reader() as reader:
+            saved = reader.restore(step, args=args.Composite(record=args.JsonRestore())).record
+            if zlib.crc32(saved["body"].encode()) != saved["crc32"]:
+                raise CheckpointError("its record is damaged (checksum differs)")
+            body = json.loads(saved["body"])
+            like = like(body["record"]) if callable(like) else like
+            wanted = {  # in the tree's order; jax.tree.map over the dict would sort it
+                name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding)
+                for name, a in _flatten(like).items()
+            }
+            _compare({name: kind for name, (kind, _) in body["arrays"].items()}, wanted)
+            state = reader.restore(step, args=args.Composite(state=args.StandardRestore(wanted))).state
+        return jax.tree.structure(like), list(wanted), state, body
+
+    def _reader(self) -> Any:
+        """A manager of this process alone, which waits for no other; orbax's own `restore` ends with all
+        processes waiting for each other, and one that has failed does something else."""
+        me = jax.process_index()
+        alone = self._ocp.options.MultiprocessingOptions(
+            primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"reader_{me}"
+        )
+        options = self._ocp.CheckpointManagerOptions(
+            create=False, read_only=True, multiprocessing_options=alone
+        )
+        return self._ocp.CheckpointManager(self._folder, options=options)
 
     def _set_aside(self, step: int) -> None:
         """Renames a checkpoint, so that it is kept but seen no more."""

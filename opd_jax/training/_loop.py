@@ -57,7 +57,7 @@ def train(config: Config) -> Result:
         require_loggers(config)
         checkpoints = Checkpoints(folder.checkpoints, config.checkpoint.keep)
         try:
-            if folder.model.exists() and not checkpoints.steps:
+            if not checkpoints.steps and folder.model.exists():  # in this order: all ask for the steps
                 raise ValueError(
                     f"{folder.path} holds a finished run whose checkpoints are gone: there is nothing to "
                     "go on from; name another run_dir"

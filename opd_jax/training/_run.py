@@ -328,6 +328,7 @@ def _lock(folder: Path) -> int:
         raise TrainingError(f"{folder} is in use by {owner}; wait for it or name another run_dir") from None
     os.ftruncate(handle, 0)
     os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n{uuid.uuid4()}\n".encode())
+    os.fsync(handle)  # a network file system shows other hosts what is flushed alone
     return handle
 
 

@@ -161,7 +161,7 @@ def test_what_differs_and_what_is_missing_ends_all_with_its_name(make):
 
 @pytest.mark.slow
 def test_a_process_that_dies_ends_the_others_and_one_that_is_asked_to_stop_stops_all(make):
-    config = make("run", steps=10_000)
+    config = make("run", steps=10_000, checkpoint=configs.CheckpointConfig(every=1))
     metrics = config.with_suffix("") / "metrics.jsonl"
 
     def wait_for(lines: int) -> None:
@@ -177,13 +177,18 @@ def test_a_process_that_dies_ends_the_others_and_one_that_is_asked_to_stop_stops
         assert status == 130 and "everything is saved" in out, out
     done = len(metrics.read_text().splitlines())
 
+    # What one process alone has written and reads is damaged: all go back to the checkpoint before.
+    checkpoints = config.with_suffix("") / "checkpoints"
+    for part in (checkpoints / str(done) / "state" / "ocdbt.process_1" / "d").iterdir():
+        os.truncate(part, 10)
     processes = _start(config, 2, 1)
     wait_for(done + 2)
     processes[1].kill()
     start = time.monotonic()
     (status, out), _ = _end(processes)
     assert status and time.monotonic() - start < 3 * _HEARTBEAT
-    assert "resuming" in out and re.search(r"unhealthy[^\n]*:\s+1\b", out), out
+    assert f"at step {done - 1}" in out and (checkpoints / f"damaged-{done}").exists(), out
+    assert re.search(r"unhealthy[^\n]*:\s+1\b", out), out
 
 
 def test_a_coordinator_that_cannot_be_reached():
