@@ -312,6 +312,7 @@ def collectives(text):
     return [n for line in found for n in elements(re.sub(r"\{[^}]*\}", "", line))]
 
 
+@pytest.mark.slow
 def test_vocabulary_sharded_over_a_mesh():
     """Same numbers; forward, only one number a token crosses devices, backward also the hidden states."""
     mesh = Mesh(np.array(jax.devices()[:8]).reshape(2, 4), ("data", "tensor"))

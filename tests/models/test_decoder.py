@@ -103,6 +103,7 @@ def test_remat_that_cannot_be(tiny):
             models.Decoder(tiny.config, rngs=nnx.Rngs(0), remat=remat)
 
 
+@pytest.mark.slow
 def test_bfloat16_gradient_is_close_to_float32(tiny, tokens):
     def gradient(dtype):
         model = models.Decoder(tiny.config, rngs=nnx.Rngs(0), dtype=jnp.float32)

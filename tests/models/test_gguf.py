@@ -93,6 +93,7 @@ def test_llama3_scaling_is_recognised(tmp_path):
         models.load(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0"])
 def test_other_formats_are_close(kind, tmp_path):
     config = models.DecoderConfig(

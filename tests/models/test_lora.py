@@ -203,6 +203,7 @@ def test_tied_embeddings_stay():
     assert base.head is None and merged.embedding[...] is base.embedding[...]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_bfloat16_base(tiny, tokens, dtype):
     base = models.Decoder(tiny.config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)

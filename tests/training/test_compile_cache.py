@@ -35,6 +35,7 @@ def start(settings) -> Counter:
     return _SEEN - before
 
 
+@pytest.mark.slow
 def test_a_second_start_compiles_nothing(make, nothing_configured, tmp_path):
     first = start(make(steps=1, evaluation__prompts=0))
     assert first["cache_misses"] > 10 and first["cache_misses"] == first["compile_requests_use_cache"]

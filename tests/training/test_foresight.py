@@ -77,6 +77,7 @@ def test_extrapolation_resumes_bitwise_and_reports_its_cost(make, capsys):
     assert_same(*(read_weights(Path(c.run_dir) / "model") for c in (settings, stopped)))
 
 
+@pytest.mark.slow
 def test_an_interrupted_search_is_done_again(make, monkeypatch):
     settings = make("whole", foresight=foresight(extrapolate=SEARCH), steps=3, optimizer__learning_rate=1e-3)
     training.train(settings)

@@ -41,6 +41,7 @@ def in_the_table(text: str, name: str) -> float:
     return float(re.search(rf"{name} +([\d.]+)", text)[1])
 
 
+@pytest.mark.slow
 def test_scoring_and_the_update_see_the_quantised_teacher(demo):
     settings = demo("run", "int8", tokens__weights="prefix_drift", batch_size=16, micro_batches=2)
     with Display(1) as display:

@@ -28,13 +28,13 @@ def test_a_device_sends_no_more_on_a_larger_slice(tmp_path):
     config |= dict(data={"source": "arithmetic", "max_prompt_length": 128}, max_new_tokens=384)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
     command = [sys.executable, str(ROOT / "scripts" / "measure_scaling.py"), str(tmp_path / "run.yaml")]
-    command += ["--chips", "v5e:2x4,v5e:4x4", "--fsdp", "8", "--chunk", "128", "--programs", "update"]
+    command += ["--chips", "v5e:2x4,v5e:4x4", "--fsdp", "8", "--chunk", "128", "--programs", "score"]
     path = os.pathsep.join([str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
     done = subprocess.run(
         command, env=os.environ | dict(PYTHONPATH=path), capture_output=True, text=True, timeout=580
     )
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines()]
-    rows = {line[1]: line for line in lines if line[0] == "update"}
+    rows = {line[1]: line for line in lines if line[0] == "score"}
     assert rows.keys() == {"8", "16"}, done.stderr
     few, many = rows["8"], rows["16"]
     assert (few[2], many[2]) == ("1 x 8", "2 x 8")

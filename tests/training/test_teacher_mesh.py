@@ -84,15 +84,8 @@ SEARCH = configs.ForesightConfig(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "changes",
-    [
-        dict(foresight=SEARCH, tokens__weights="prefix_drift"),
-        dict(loss="forward_kl", lmbda=0.0, off_policy="teacher"),
-    ],
-    ids=["search", "off_policy"],
-)
-def test_whatever_the_teacher_is_asked(spread, changes):
+def test_a_search_asks_the_teacher_there(spread):
+    changes = dict(foresight=SEARCH, tokens__weights="prefix_drift")
     shared = spread("shared", 2, None, **changes)
     training.train(shared)
     apart = spread("apart", 2, configs.TeacherMeshConfig(fsdp=4), **changes)

@@ -49,6 +49,7 @@ def test_a_mix_of_rollouts_and_demonstrations(make):
     assert_same(read_weights(Path(first.run_dir) / "model"), read_weights(Path(settings.run_dir) / "model"))
 
 
+@pytest.mark.slow
 def test_sequence_level_distillation_imitates_what_the_teacher_writes(make, demo, monkeypatch):
     """The completions are right as often as the teacher is (0.90), not as the student (0.41)."""
     right = []
