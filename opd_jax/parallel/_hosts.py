@@ -246,10 +246,13 @@ def leave(error: BaseException) -> None:
     """
     if not several():
         return
-    if re.match("[A-Z_]{5,}: ", str(error)):  # a status of XLA, which comes as errors of several kinds
+    known = getattr(error, "everywhere", False)
+    if not known and re.match(
+        "[A-Z_]{5,}: ", str(error)
+    ):  # a status of XLA, which comes as errors of several kinds
         print("another process may have died; JAX soon says which", file=sys.stderr, flush=True)
         time.sleep(_STATE["heartbeat"] + _GRACE)
-    if getattr(error, "everywhere", False):
+    if known:
         jax.distributed.shutdown()
         return
     sys.stdout.flush()

@@ -51,10 +51,12 @@ def need(program: Program, run: Shapes) -> Need:
         return Need(arguments + _rollout_state(run, at_once), logits + heads, 0, flops)
     rows = config.batch_size // config.micro_batches // _shards(run)
     if name == "update":
-        recomputed = 4 / 3 if config.student.remat != "none" else 1
+        passes = 2 if run.frozen is not None else 3  # forward, and backward to inputs and to weights
+        recomputed = 1 + 1 / passes if config.student.remat != "none" else 1
         return Need(arguments, _training(run, rows), 0, recomputed * flops)
     if name == "measure":
-        return Need(arguments, _chunk(run) + _layer(run.student, run, rows, _width(run)), 0, flops)
+        work = _layer(run.student, run, rows, _width(run)) + _gathered(run.student, run)
+        return Need(arguments, _cast(run) + work + _chunk(run), 0, flops)
     sizes = _scorer(name, run)
     hidden = config.batch_size // _shards(run) * config.max_new_tokens * sizes.width * _item(run)
     work = _layer(sizes, run, rows, _width(run)) + _gathered(sizes, run)
@@ -69,12 +71,19 @@ def _training(run: Shapes, rows: int) -> float:
     sizes, config = run.student, run.config
     trained = jax.tree.leaves(run.state.params)
     gradients = 2 * sum(map(shard_bytes, trained))
-    count = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in trained)
-    cast = count * _item(run) if config.student.dtype != "float32" else 0
     stream = rows * _width(run) * sizes.width * _item(run)
     one = _layer(sizes, run, rows, _width(run))
     kept = {"none": sizes.layers * one, "block": sizes.layers * stream, "offload": 2 * stream}
-    return gradients + cast + kept[config.student.remat] + 2 * one + 2 * _gathered(sizes, run) + _chunk(run)
+    kept_here = kept[config.student.remat]
+    return gradients + _cast(run) + kept_here + 2 * one + 2 * _gathered(sizes, run) + _chunk(run)
+
+
+def _cast(run: Shapes) -> float:
+    """The trained weights in the computation dtype."""
+    if run.config.student.dtype == "float32":
+        return 0
+    trained = jax.tree.leaves(run.state.params)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in trained) * _item(run)
 
 
 def _chunk(run: Shapes) -> float:

@@ -247,3 +247,15 @@ def test_alone_everything_is_what_it_says():
     with pytest.raises(KeyError) as caught:
         parallel.together(lambda: {}["x"])
     assert not hasattr(caught.value, "everywhere")
+
+
+def test_an_error_that_all_know_of_waits_for_nobody(monkeypatch):
+    """Though its text is XLA's, as of a process whose devices are full: nobody has died."""
+    done = []
+    monkeypatch.setattr(_hosts, "several", lambda: True)
+    monkeypatch.setattr(_hosts.time, "sleep", lambda seconds: done.append(seconds))
+    monkeypatch.setattr(_hosts.jax.distributed, "shutdown", lambda: done.append("shutdown"))
+    error = RuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+    error.everywhere = True
+    parallel.leave(error)
+    assert done == ["shutdown"]
