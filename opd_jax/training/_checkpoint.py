@@ -111,6 +111,7 @@ class Checkpoints:
         try:
             parallel.together(call)
         except Exception as error:  # orbax and tensorstore raise many kinds
+            _require_agreed(error)
             raise self._failed(error) from error
 
     def _failed(self, error: Exception) -> CheckpointError:
@@ -134,6 +135,7 @@ class Checkpoints:
             try:
                 state, record = self._restore(step, like)
             except Exception as error:
+                _require_agreed(error)
                 wrong.append((step, _short(f"step {step}", error)))
                 _log.warning("checkpoint of %s; trying the one before", wrong[-1][1])
                 continue
@@ -198,6 +200,13 @@ class Checkpoints:
             self._manager.close()
         except Exception as error:
             _log.debug("closing the checkpoints: %s", error)
+
+
+def _require_agreed(error: Exception) -> None:
+    """Raises the error again if other processes may not know of it: what failed is not a checkpoint, but the
+    message between them, and this process must not wait for the others as if all were leaving."""
+    if parallel.several() and not getattr(error, "everywhere", False):
+        raise error
 
 
 def _flatten(tree: Any) -> dict[str, Any]:

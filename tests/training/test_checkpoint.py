@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 
 from opd_jax.parallel import make_mesh, param_shardings
+from opd_jax.training import _checkpoint
 from opd_jax.training._checkpoint import CheckpointError, Checkpoints, checksums
 from opd_jax.training._optimizer import init_optimizer
 
@@ -268,6 +269,22 @@ def test_all_damaged(copied, open_checkpoints):
         open_checkpoints(copied).restore(mixed())
     assert "\n" not in str(error.value)
     assert sorted(p.name for p in copied.iterdir()) == before  # nothing is moved or lost
+
+
+def test_a_lost_peer_is_no_damage(copied, open_checkpoints, monkeypatch):
+    """With several processes, what `together` did not settle has broken the messages between them."""
+    checkpoints, before = open_checkpoints(copied), sorted(p.name for p in copied.iterdir())
+
+    def gone(*_):
+        raise RuntimeError("UNAVAILABLE: connection closed by peer")
+
+    monkeypatch.setattr(_checkpoint.parallel, "several", lambda: True)
+    monkeypatch.setattr(_checkpoint.parallel, "together", gone)
+    for call in (lambda: checkpoints.restore(mixed()), checkpoints.check):
+        with pytest.raises(RuntimeError, match="UNAVAILABLE") as error:
+            call()
+        assert not getattr(error.value, "everywhere", False)
+    assert sorted(p.name for p in copied.iterdir()) == before
 
 
 def test_a_full_disk(copied, open_checkpoints, monkeypatch):

@@ -72,6 +72,7 @@ def _start(config: Path, count: int, devices: int, *words: str, only: int | None
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "PYTHONPATH": str(Path(__file__).parents[2]),
+        "PYTHONFAULTHANDLER": "1",
     }
     hosts = (
         f"--coordinator_address {address} --num_processes {count} --heartbeat_timeout_seconds {_HEARTBEAT}"
@@ -167,7 +168,10 @@ def test_a_process_that_dies_ends_the_others_and_one_that_is_asked_to_stop_stops
     def wait_for(lines: int) -> None:
         end = time.monotonic() + 120
         while not metrics.exists() or len(metrics.read_text().splitlines()) < lines:
-            assert time.monotonic() < end
+            if time.monotonic() > end:  # tell where they are, and leave none behind
+                for process in processes:
+                    process.send_signal(signal.SIGABRT)
+                pytest.fail("\n----\n".join(out for _, out in _end(processes)))
             time.sleep(0.1)
 
     processes = _start(config, 2, 1)
