@@ -240,7 +240,8 @@ class DataConfig:
     options: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the source."""
     verifier: str | None = None
-    """`exact`, `contains`, `math` or `package.module:function`; None: the source's own."""
+    """`exact`, `contains`, `math` or `package.module:function`; None: the source's own. Of many processes
+    each verifies a share: a function of yours must not use JAX there."""
     teacher: str | None = None
     """Column that names each example's teacher, one of `teachers`."""
     chat: Literal["auto", "never"] = "auto"

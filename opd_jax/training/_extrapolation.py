@@ -90,8 +90,11 @@ class Extrapolation:
         }
 
     def _fixed_rollouts(self, folder: RunFolder, params: Any) -> Batch:
-        path, prompts = folder.path / _FILE, self._prompts.take(np.arange(len(self._prompts)))
+        """Rollouts of the prompts, and rows that do not count up to what spreads over mesh and micro-batches:
+        a run may go on with other sizes of both."""
+        path, count = folder.path / _FILE, len(self._prompts)
         if not of_first(path.exists()):
+            prompts = self._prompts.take(_repeated(count, _shards(self._setup)))
             sampled = rollout.generate(
                 self._setup.model(params),
                 prompts.tokens,
@@ -102,10 +105,13 @@ class Extrapolation:
                 on_progress=lambda _: self._check_stop(),
             )
             completions, mask, data = *to_host((sampled.completions, sampled.mask)), io.BytesIO()
-            np.savez(data, completions=completions, mask=mask)
+            np.savez(data, completions=completions[:count], mask=mask[:count])
             first_then_others(lambda: write_atomic(path, data.getvalue()) if is_first() else None)
+        rows = _repeated(count, self._setup.config.micro_batches * _shards(self._setup))
+        prompts = self._prompts.take(rows)
         with np.load(path, allow_pickle=False) as saved:
-            batch = Batch(prompts.tokens, prompts.lengths, saved["completions"], saved["mask"])
+            mask = saved["mask"][rows] & (np.arange(len(rows)) < count)[:, None]
+            batch = Batch(prompts.tokens, prompts.lengths, saved["completions"][rows], mask)
         # The prompts' own ids are places in the subset.
         batch = for_teachers(self._setup, batch, prompts._replace(ids=self._prompts.task.ids[prompts.ids]))
         return place(batch, batch_sharding(self._setup.mesh))
@@ -117,7 +123,8 @@ class Extrapolation:
         kl = self._setup.scorer.measure(state, self._teachers, self._batch, self._hidden)["kl"]
         kl, mask = to_host((kl, self._batch.mask))
         self.tokens += int(mask.sum())
-        return -np.where(mask, kl, 0).sum(-1) * len(mask) / max(mask.sum(), 1)
+        count = len(self._prompts)  # what fills up the rows has no say
+        return -np.where(mask, kl, 0).sum(-1)[:count] * count / max(mask.sum(), 1)
 
     def _accuracy(self, params: Any) -> np.ndarray:
         """The verifier's opinion of one sampled answer to each prompt."""
@@ -143,23 +150,31 @@ class Extrapolation:
 
 
 def _subset(setup: Setup, count: int) -> tasks.Prompts:
-    """Training prompts drawn by the run's seed, as many as spread evenly over the mesh."""
+    """Training prompts drawn by the run's seed."""
     config, prompts = setup.config, setup.prompts
-    apart = setup.scorer.apart
-    meshes = [setup.mesh] if apart is None else [setup.mesh, apart.mesh]
-    unit = config.micro_batches * math.lcm(*(mesh.shape["data"] * mesh.shape["fsdp"] for mesh in meshes))
-    count = -(-count // unit) * unit
     rng = np.random.default_rng(config.seed)
     ids = rng.choice(prompts.kept, count, replace=count > len(prompts.kept))
     return tasks.Prompts(
         tasks.Subset(prompts.task, ids),
         setup.tokenizer,
-        batch_size=count,
+        batch_size=-(-count // _shards(setup)) * _shards(setup),
         max_prompt_length=config.data.max_prompt_length,
         chat=config.data.chat,
         context_template=config.teacher.context,
         shuffle=False,
     )
+
+
+def _shards(setup: Setup) -> int:
+    """Devices that rows are spread over, the student's as well as the teacher's."""
+    apart = setup.scorer.apart
+    meshes = [setup.mesh] if apart is None else [setup.mesh, apart.mesh]
+    return math.lcm(*(mesh.shape["data"] * mesh.shape["fsdp"] for mesh in meshes))
+
+
+def _repeated(count: int, unit: int) -> np.ndarray:
+    """0 ... count - 1, and the last again up to a multiple of `unit`."""
+    return np.minimum(np.arange(-(-count // unit) * unit), count - 1)
 
 
 def _everything(params: Any) -> Any:

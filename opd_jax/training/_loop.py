@@ -76,9 +76,9 @@ def train(config: Config) -> Result:
                     setup, _ = still(setup, like, record["frozen"])
                 display.print(f"resuming {folder.path} at step {step}")
             display.print(memory_table(setup, state))
-            run = _Run(setup, state, step, _Record(**record), folder, checkpoints, display)
-            del state
             with jax.set_mesh(setup.mesh):  # activations, caches and kernels are laid out on it
+                run = _Run(setup, state, step, _Record(**record), folder, checkpoints, display)
+                del state
                 return run.run()
         finally:
             checkpoints.close()

@@ -128,7 +128,7 @@ def test_two_then_four_processes_are_one(make, tmp_path, monkeypatch, quick_comp
         ),
         foresight=configs.ForesightConfig(
             track=configs.TrackConfig(rank=2, every=1),
-            extrapolate=configs.ExtrapolateConfig(schedule="steps", steps=(1,), prompts=8, factors=(0.5,)),
+            extrapolate=configs.ExtrapolateConfig(schedule="steps", steps=(1,), prompts=6, factors=(0.5,)),
         ),
         checkpoint=configs.CheckpointConfig(every=1),
     )
@@ -224,14 +224,9 @@ def test_no_cluster_to_be_found(monkeypatch):
         if name.startswith(("SLURM", "TPU_", "KUBERNETES", "OMPI")):
             monkeypatch.delenv(name)
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
-    with pytest.raises(ValueError, match="say --coordinator_address HOST:PORT"):
-        _refused()
-
-
-def _refused() -> None:
     code = "from opd_jax import parallel; parallel.start()"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    raise ValueError(out.stderr)
+    assert out.returncode and "say --coordinator_address HOST:PORT" in out.stderr
 
 
 def test_differences_name_key_values_and_processes():
