@@ -77,6 +77,7 @@ def test_accuracy_is_that_of_the_saved_folder(tmp_path, capsys):
     )
 
 
+@pytest.mark.slow
 def test_the_kl_is_that_of_all_logits(evaluator, sampling):
     judge, (base, tuned) = evaluator
     teacher = models.load(DEMO / "teacher", mesh=judge.mesh)

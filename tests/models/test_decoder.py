@@ -81,6 +81,7 @@ def test_cache_of_a_bfloat16_model_on_cpu_is_float32(tiny):
     assert model.init_cache(1, 4, jnp.bfloat16).k.dtype == jnp.bfloat16
 
 
+@pytest.mark.slow
 def test_remat_changes_nothing_but_memory(tiny, tokens):
     def gradient(remat):
         model = models.Decoder(tiny.config, rngs=nnx.Rngs(0), remat=remat)

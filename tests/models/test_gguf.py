@@ -77,6 +77,7 @@ def test_float32_gguf_is_the_same_model(name, tmp_path):
     np.testing.assert_allclose(logits, golden["logits"], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_llama3_scaling_is_recognised(tmp_path):
     model = models.load(GOLDENS / "llama_mha", dtype="float32")
     import dataclasses

@@ -89,6 +89,7 @@ def test_weights_are_rounded_to_the_nearest_of_their_channel(folder, piece, monk
     assert seen >= 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen2_untied", "qwen3_tied", "llama_bias"])
 def test_the_scale_after_the_product_is_the_scale_of_the_weights(name):
     model = models.load(GOLDENS / name, dtype="int8")

@@ -295,6 +295,7 @@ def test_abstract_models_and_traces(tiny):
 # On eight devices.
 
 
+@pytest.mark.slow
 def test_sharded_over_eight_devices(tiny, tokens, tmp_path):
     if jax.device_count() != 8:
         pytest.skip("needs the eight devices of tests/conftest.py")

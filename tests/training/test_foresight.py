@@ -117,6 +117,7 @@ def test_accuracy_as_the_score_and_a_bound_on_the_way(make):
     assert all(line["extrapolate_factor"] == 0 and line["extrapolate_evaluated"] == 1 for line in lines)
 
 
+@pytest.mark.slow
 def test_frozen_modules_stay_have_no_moments_and_survive_a_resume(make, folders):
     frozen = foresight(allocate=dict(steps=2, mode="freeze", fraction=0.5))
     settings = make("whole", foresight=frozen, steps=2)
@@ -160,6 +161,7 @@ def test_no_gradient_is_computed_of_what_stays(make_model):
     assert flops(kernels) < 0.8 * flops(())
 
 
+@pytest.mark.slow
 def test_adamw_in_the_subspace(make):
     """Fewer moments; the loss still falls."""
     settings = make(foresight=foresight(project=dict(rank=4, refresh=5)), steps=25, batch_size=32)

@@ -272,6 +272,7 @@ def test_the_mesh_does_not_change_the_result(
         np.testing.assert_allclose(weights[name], expected, atol=1e-5, err_msg=name)
 
 
+@pytest.mark.slow
 def test_supervised_training_learns_its_demonstrations(make):
     settings = make(
         objective="sft", teacher=configs.TeacherConfig(), steps=200, max_new_tokens=40, batch_size=32

@@ -49,14 +49,14 @@ def test_temporaries_in_closed_form():
 
 @pytest.mark.parametrize("name", ["qwen3_1.7b_from_8b_h100", "qwen3_8b_from_32b_h100"])
 def test_configs_for_eight_gpus_fit_with_a_reserve(name):
-    """By hand is up to 13% below XLA's own sum where both are known (README)."""
+    """By hand is up to 15% below XLA's own sum where both are known (README)."""
     sizes = name.removeprefix("qwen3_").removesuffix("_h100").split("_from_")
     words = [
         f"--{who}.path=configs/models/qwen3_{size}"
         for who, size in zip(("student", "teacher"), sizes, strict=True)
     ]
     found = training.plan(config.load(f"configs/{name}.yaml", words), parallel.topology("h100:8"))
-    assert max(each.peak for each in found.programs) < 0.87 * 73.2 * 2**30
+    assert max(each.peak for each in found.programs) < 0.85 * 73.2 * 2**30
 
 
 def test_what_does_not_fit_is_told(monkeypatch):

@@ -36,6 +36,7 @@ def losses_of(settings) -> list[float]:
     return [line["loss"] for line in read_metrics(settings.run_dir)]
 
 
+@pytest.mark.slow
 def test_a_mix_of_rollouts_and_demonstrations(make):
     """Which steps are on-policy depends on seed and step alone, also after a resume."""
     settings = make(lmbda=0.5, steps=6, max_new_tokens=32)
@@ -71,6 +72,7 @@ def test_sequence_level_distillation_imitates_what_the_teacher_writes(make, demo
     assert np.mean(right) > 0.75 and line["loss"] < 0.5 and "kl" not in line
 
 
+@pytest.mark.slow
 def test_an_averaged_teacher_is_saved_and_restored(make, folders):
     teacher = configs.TeacherConfig(path=folders[0], ema=0.5, context="{prompt}{answer}")
     whole = make("whole", teacher=teacher, steps=4)
@@ -114,6 +116,7 @@ def test_dynamic_sampling_refills_with_informative_groups(make, monkeypatch):
     assert np.asarray(batch.completions).shape == (8, 8)
 
 
+@pytest.mark.slow
 def test_a_teacher_with_another_tokenizer(make, demo, tmp_path):
     """With the same tokens it is plain distillation; so it is with other ids for the same characters."""
     sizes = dict(loss="sampled_reverse_kl", steps=2, batch_size=16, max_new_tokens=32)

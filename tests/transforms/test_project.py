@@ -122,6 +122,7 @@ def test_adam_against_numpy(sides):
     assert_close((updates["embed"], updates["norm"]), (plain["embed"], plain["norm"]))
 
 
+@pytest.mark.slow
 def test_the_basis_is_that_of_the_svd():
     """One stack, several spectra; also unstacked layers, which are iterated together, and 1 x n."""
     rng = np.random.default_rng(3)
@@ -468,6 +469,7 @@ def test_scan_donation_and_no_recompilation(compilations):
     assert final.project_count == state.project_count == len(GRADS)
 
 
+@pytest.mark.slow
 def test_with_optax():
     """map_params lays moments out as parameters; wrappers outside and inside."""
     inner = optax.adam(0.1)

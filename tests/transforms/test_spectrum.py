@@ -105,6 +105,7 @@ def test_drifting_matrices(values):
         assert angle(found.right[:, :8], vt[:8].T) < 5
 
 
+@pytest.mark.slow
 def test_converges_to_the_svd():
     """Stacked, wide and tall; vectors where gaps are wide."""
     values = 2.0 ** -np.arange(24.0)
@@ -156,6 +157,7 @@ def test_vectors(shape):
     np.testing.assert_allclose(spectrum.effective_rank(found.singular_values), 1, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_spectral_norm_without_a_gap():
     x = np.random.default_rng(4).normal(size=(M, N))
     np.testing.assert_allclose(spectrum.spectral_norm(jnp.asarray(x)), svd(x)[1][0], rtol=0.01)
