@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -81,19 +82,25 @@ def _start(config: Path, count: int, devices: int, *words: str, only: int | None
     processes = []
     for i in range(count) if only is None else [only]:
         own = ["--process_id", str(i), *(["--seed", str(seeds[i])] if seeds else [])]
-        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        processes.append(subprocess.Popen([*command, *own], env=environment, **pipes))
+        said = tempfile.TemporaryFile("w+")  # noqa: SIM115 (a pipe that nobody empties would hold it up)
+        started = subprocess.Popen([*command, *own], env=environment, stdout=said, stderr=subprocess.STDOUT)
+        processes.append((started, said))
     return processes
 
 
 def _end(processes: list) -> list[tuple[int, str]]:
     """(exit status, output) of each."""
     try:
-        outputs = [process.communicate(timeout=300)[0] for process in processes]
-        return [(process.returncode, out) for process, out in zip(processes, outputs, strict=True)]
+        ended = []
+        for process, said in processes:
+            status = process.wait(timeout=300)
+            said.seek(0)
+            ended.append((status, said.read()))
+        return ended
     finally:
-        for process in processes:
+        for process, said in processes:
             process.kill()
+            said.close()
 
 
 def _succeed(processes: list) -> list[str]:
@@ -166,17 +173,17 @@ def test_a_process_that_dies_ends_the_others_and_one_that_is_asked_to_stop_stops
     metrics = config.with_suffix("") / "metrics.jsonl"
 
     def wait_for(lines: int) -> None:
-        end = time.monotonic() + 120
+        end = time.monotonic() + 240
         while not metrics.exists() or len(metrics.read_text().splitlines()) < lines:
             if time.monotonic() > end:  # tell where they are, and leave none behind
-                for process in processes:
+                for process, _ in processes:
                     process.send_signal(signal.SIGABRT)
                 pytest.fail("\n----\n".join(out for _, out in _end(processes)))
             time.sleep(0.1)
 
     processes = _start(config, 2, 1)
     wait_for(2)
-    processes[1].send_signal(signal.SIGTERM)
+    processes[1][0].send_signal(signal.SIGTERM)
     for status, out in _end(processes):
         assert status == 130 and "everything is saved" in out, out
     done = len(metrics.read_text().splitlines())
@@ -187,7 +194,7 @@ def test_a_process_that_dies_ends_the_others_and_one_that_is_asked_to_stop_stops
         os.truncate(part, 10)
     processes = _start(config, 2, 1)
     wait_for(done + 2)
-    processes[1].kill()
+    processes[1][0].kill()
     start = time.monotonic()
     (status, out), _ = _end(processes)
     assert status and time.monotonic() - start < 3 * _HEARTBEAT
