@@ -172,6 +172,7 @@ def _sampling(options, mesh) -> tuple[Any, dict[str, Any]]:
     """What is sampled, and what its scores depend on; all that can be checked without weights is checked."""
     from opd_jax import models, tasks
     from opd_jax._intervene_score import Sampling, tokenizer_folder
+    from opd_jax.parallel import row_shards
     from opd_jax.training._pair import check_pair
 
     folder = tokenizer_folder(options.tuned, options.base)
@@ -181,7 +182,7 @@ def _sampling(options, mesh) -> tuple[Any, dict[str, Any]]:
         theirs = models.load_tokenizer(options.teacher)
         their_stops = models.stop_token_ids(options.teacher, theirs)
         check_pair(tokenizer, theirs, stops=stops, teacher_stops=their_stops, chat=options.chat == "auto")
-    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    rows = row_shards(mesh)
     prompts = tasks.Prompts(
         tasks.load(options.source, options=options.options, verifier=options.verifier),
         tokenizer,

@@ -121,18 +121,23 @@ def _reach(address: str, timeout: float) -> None:
         time.sleep(_POLL)
 
 
+def _gather(value: Any, tiled: bool = False) -> np.ndarray:
+    """Host arrays of all processes, one below the other; `tiled`: an array on all their devices, whole."""
+    from jax.experimental.multihost_utils import process_allgather
+
+    return process_allgather(value, tiled=tiled)
+
+
 def everybody(text: str) -> list[str]:
     """What each process says, in their order; all must call."""
     if jax.process_count() == 1:
         return [text]
-    from jax.experimental.multihost_utils import process_allgather
-
     data = np.frombuffer(text.encode(), np.uint8)
-    sizes = process_allgather(np.array([data.size], np.int32)).ravel()
+    sizes = _gather(np.array([data.size], np.int32)).ravel()
     if not sizes.any():
         return [""] * sizes.size
     width = 1 << int(sizes.max()).bit_length()  # few widths: each compiles a program
-    rows = process_allgather(np.pad(data, (0, width - data.size)))
+    rows = _gather(np.pad(data, (0, width - data.size)))
     return [bytes(row[:size]).decode() for row, size in zip(rows, sizes, strict=True)]
 
 
@@ -140,9 +145,7 @@ def anybody(flag: bool) -> bool:
     """Whether it is so on any process; all must call."""
     if jax.process_count() == 1:
         return flag
-    from jax.experimental.multihost_utils import process_allgather
-
-    return bool(process_allgather(np.array([flag])).any())
+    return bool(_gather(np.array([flag])).any())
 
 
 def of_first(value: T) -> T:
@@ -207,9 +210,7 @@ def shared(call: Callable[[int], float], count: int) -> np.ndarray:
     together(fill)
     if jax.process_count() == 1:
         return values
-    from jax.experimental.multihost_utils import process_allgather
-
-    return process_allgather(values).sum(axis=0)
+    return _gather(values).sum(axis=0)
 
 
 def to_host(tree: Any) -> Any:
@@ -218,9 +219,7 @@ def to_host(tree: Any) -> Any:
     def fetch(leaf):
         if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
             return np.asarray(leaf)
-        from jax.experimental.multihost_utils import process_allgather
-
-        return process_allgather(leaf, tiled=True)
+        return _gather(leaf, tiled=True)
 
     return jax.tree.map(fetch, tree)
 
@@ -246,15 +245,12 @@ def leave(error: BaseException) -> None:
     """
     if not several():
         return
-    known = getattr(error, "everywhere", False)
-    if not known and re.match(
-        "[A-Z_]{5,}: ", str(error)
-    ):  # a status of XLA, which comes as errors of several kinds
-        print("another process may have died; JAX soon says which", file=sys.stderr, flush=True)
-        time.sleep(_STATE["heartbeat"] + _GRACE)
-    if known:
+    if getattr(error, "everywhere", False):
         jax.distributed.shutdown()
         return
+    if re.match("[A-Z_]{5,}: ", str(error)):  # a status of XLA, which comes as errors of several kinds
+        print("another process may have died; JAX soon says which", file=sys.stderr, flush=True)
+        time.sleep(_STATE["heartbeat"] + _GRACE)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1)

@@ -105,9 +105,9 @@ def constrain(x: jax.Array, *spec: str | tuple[str, ...] | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, P(*fitted))
 
 
-def row_shards() -> int:
-    """Parts that the rows of a batch are in on the mesh that `jax.set_mesh` has set; without one, 1."""
-    mesh = jax.sharding.get_abstract_mesh()
+def row_shards(mesh: Mesh | None = None) -> int:
+    """Parts that the rows of a batch are in on a mesh; None: that of `jax.set_mesh`, and without one, 1."""
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
     return math.prod(mesh.shape.get(name, 1) for name in ROWS)
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from opd_jax import rollout, tasks
-from opd_jax.parallel import batch_sharding, first_then_others, is_first, of_first, place, to_host
+from opd_jax.parallel import batch_sharding, is_first, of_first, place, row_shards, to_host, together
 from opd_jax.training._batches import for_teachers
 from opd_jax.training._run import RunFolder, write_atomic
 from opd_jax.training._setup import Setup
@@ -106,7 +106,7 @@ class Extrapolation:
             )
             completions, mask, data = *to_host((sampled.completions, sampled.mask)), io.BytesIO()
             np.savez(data, completions=completions[:count], mask=mask[:count])
-            first_then_others(lambda: write_atomic(path, data.getvalue()) if is_first() else None)
+            together(lambda: write_atomic(path, data.getvalue()) if is_first() else None)
         rows = _repeated(count, self._setup.config.micro_batches * _shards(self._setup))
         prompts = self._prompts.take(rows)
         with np.load(path, allow_pickle=False) as saved:
@@ -169,7 +169,7 @@ def _shards(setup: Setup) -> int:
     """Devices that rows are spread over, the student's as well as the teacher's."""
     apart = setup.scorer.apart
     meshes = [setup.mesh] if apart is None else [setup.mesh, apart.mesh]
-    return math.lcm(*(mesh.shape["data"] * mesh.shape["fsdp"] for mesh in meshes))
+    return math.lcm(*map(row_shards, meshes))
 
 
 def _repeated(count: int, unit: int) -> np.ndarray:

@@ -1,6 +1,5 @@
 """Unembedding in a loop over chunks of tokens: each device with rows of its own has its own matrix."""
 
-import math
 from collections.abc import Callable
 
 import jax
@@ -10,7 +9,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from opd_jax.models._protocol import LanguageModel, unembed
-from opd_jax.parallel import ROWS
+from opd_jax.parallel import ROWS, row_shards
 
 
 def unembedder(model: LanguageModel, rows: int) -> Callable[[jax.Array], jax.Array]:
@@ -40,7 +39,7 @@ def _devices(rows: int) -> int:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or any(kind != AxisType.Auto for kind in mesh.axis_types):
         return 1
-    count = math.prod(mesh.shape.get(name, 1) for name in ROWS)
+    count = row_shards()
     return count if all(name in mesh.shape for name in ROWS) and rows % count == 0 else 1
 
 

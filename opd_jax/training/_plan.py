@@ -219,10 +219,8 @@ def _compile(program: Program, run: Shapes, chip: Chip | None, before: Any) -> t
     one.compile_seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
     one.arguments, one.temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-    given = sum(shard_bytes(leaf) for leaf in jax.tree.leaves(program.arguments) if leaf.sharding)
-    one.others += max(
-        given - one.arguments, 0
-    )  # what XLA drops, such as a teacher's layers, is there all the same
+    # What XLA drops, such as a teacher's layers, is there all the same.
+    one.others += max(program.argument_bytes - one.arguments, 0)
     one.outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
     _compare(one, chip)
     counted = cost(compiled.as_text(), kernels=_kernels, loops=program.repeats)

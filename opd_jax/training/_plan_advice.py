@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from opd_jax.parallel import row_shards
 from opd_jax.training._plan_programs import Shapes
 
 _GIB = 2.0**30
@@ -27,12 +28,12 @@ def cache_bytes(run: Shapes) -> float:
     width = 4 if config.student.dtype == "float32" else 2
     token = 2 * sizes.layers * sizes.kv_heads * sizes.head_width * width
     tensor = run.mesh.shape["tensor"] if sizes.kv_heads % run.mesh.shape["tensor"] == 0 else 1
-    rows = (config.rollout_batch or config.batch_size) / (run.mesh.shape["data"] * run.mesh.shape["fsdp"])
+    rows = (config.rollout_batch or config.batch_size) / row_shards(run.mesh)
     return rows * (run.prompt_width + config.max_new_tokens) * token / tensor
 
 
 def _smaller_rollout(one: Any, run: Shapes) -> str:
-    cache, rows = cache_bytes(run), run.mesh.shape["data"] * run.mesh.shape["fsdp"]
+    cache, rows = cache_bytes(run), row_shards(run.mesh)
     at_once = run.config.rollout_batch or run.config.batch_size
     each, whole = at_once // rows, run.config.batch_size // rows
     text = f"the cache of {each} rows a device is {cache / _GIB:.1f} GiB"
@@ -48,7 +49,7 @@ def _smaller_rollout(one: Any, run: Shapes) -> str:
 
 def _smaller_training(run: Shapes) -> str:
     config, mesh = run.config, run.mesh
-    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    rows = row_shards(mesh)
     if config.student.remat == "none":
         return "student.remat block recomputes layers instead of storing them"
     if config.batch_size // config.micro_batches > rows:
@@ -62,7 +63,7 @@ def _smaller_training(run: Shapes) -> str:
 
 def _larger_chunks(run: Shapes) -> str:
     config = run.config
-    rows = config.batch_size // config.micro_batches // (run.mesh.shape["data"] * run.mesh.shape["fsdp"])
+    rows = config.batch_size // config.micro_batches // row_shards(run.mesh)
     tokens = rows * config.max_new_tokens
     if 2 * config.loss_chunk <= tokens:
         chunks = -(-tokens // config.loss_chunk)

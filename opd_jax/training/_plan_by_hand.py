@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from opd_jax.models import DecoderConfig
+from opd_jax.parallel import row_shards
 from opd_jax.training._memory import shard_bytes
 from opd_jax.training._plan_advice import cache_bytes
 from opd_jax.training._plan_programs import Program, Shapes
@@ -39,9 +40,9 @@ class Need(NamedTuple):
 def need(program: Program, run: Shapes) -> Need:
     """What a program needs."""
     config, name = run.config, program.name
-    arguments = sum(shard_bytes(leaf) for leaf in jax.tree.leaves(program.arguments) if leaf.sharding)
+    arguments = program.argument_bytes
     flops = program.useful / run.mesh.size
-    at_once = (config.rollout_batch or config.batch_size) // _shards(run)
+    at_once = (config.rollout_batch or config.batch_size) // row_shards(run.mesh)
     if name == "prefill":
         work = _layer(run.student, run, at_once, run.prompt_width)
         return Need(arguments, work + _gathered(run.student, run), _rollout_state(run, at_once), flops)
@@ -49,7 +50,7 @@ def need(program: Program, run: Shapes) -> Need:
         logits = at_once * _vocabulary(run.student, run) * _LOGITS * _FLOAT
         heads = _gathered(run.student, run) + _head(run.student, run)
         return Need(arguments + _rollout_state(run, at_once), logits + heads, 0, flops)
-    rows = config.batch_size // config.micro_batches // _shards(run)
+    rows = config.batch_size // config.micro_batches // row_shards(run.mesh)
     if name == "update":
         passes = 2 if run.frozen is not None else 3  # forward, and backward to inputs and to weights
         recomputed = 1 + 1 / passes if config.student.remat != "none" else 1
@@ -58,7 +59,7 @@ def need(program: Program, run: Shapes) -> Need:
         work = _layer(run.student, run, rows, _width(run)) + _gathered(run.student, run)
         return Need(arguments, _cast(run) + work + _chunk(run), 0, flops)
     sizes = _scorer(name, run)
-    hidden = config.batch_size // _shards(run) * config.max_new_tokens * sizes.width * _item(run)
+    hidden = config.batch_size // row_shards(run.mesh) * config.max_new_tokens * sizes.width * _item(run)
     work = _layer(sizes, run, rows, _width(run)) + _gathered(sizes, run)
     if name == "score reference":
         return Need(arguments, work + _chunk(run), 0, flops)
@@ -135,10 +136,6 @@ def _scorer(name: str, run: Shapes) -> DecoderConfig:
 
 def _item(run: Shapes) -> int:
     return 2 if run.config.student.dtype == "bfloat16" else np.dtype("float32").itemsize
-
-
-def _shards(run: Shapes) -> int:
-    return run.mesh.shape["data"] * run.mesh.shape["fsdp"]
 
 
 def _width(run: Shapes) -> int:

@@ -14,6 +14,7 @@ from opd_jax import models
 from opd_jax.config import Config
 from opd_jax.parallel import ROWS, batch_sharding, param_shardings, platform
 from opd_jax.rollout import Sampling, _generate, bucket
+from opd_jax.training._memory import shard_bytes
 from opd_jax.training._optimizer import make_optimizer, optimizer_shardings
 from opd_jax.training._scoring import Scorer
 from opd_jax.training._setup import _update
@@ -40,6 +41,11 @@ class Program(NamedTuple):
     repeats: int
     useful: float
     runs: int = 1
+
+    @property
+    def argument_bytes(self) -> int:
+        """Of its arrays, on one device."""
+        return sum(shard_bytes(leaf) for leaf in jax.tree.leaves(self.arguments) if leaf.sharding)
 
 
 @dataclasses.dataclass(frozen=True)

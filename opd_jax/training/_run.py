@@ -160,7 +160,7 @@ class RunFolder:
     def _compare(self, config: "_config.Config") -> None:
         path = self.path / "config.yaml"
         # Both go through YAML, so that a tuple given in Python equals the list read back.
-        old, new = (flatten(parse(_config.dump(each), str(path))[0]) for each in (_config.load(path), config))
+        old, new = _flat(_config.load(path)), _flat(config)
         differing = [
             f"{key}: {_show(old.get(key))} in the folder, {_show(new.get(key))} now"
             for key in dict.fromkeys((*old, *new))
@@ -197,7 +197,7 @@ def open_folder(config: "_config.Config") -> RunFolder:
     Raises:
         ValueError: also if the processes' configs or packages differ, or they do not share the folder.
     """
-    parallel.same_everywhere(flatten(parse(_config.dump(config), "the config")[0]) | _versions())
+    parallel.same_everywhere(_flat(config) | _versions())
     folder = parallel.first_then_others(lambda: RunFolder(config.run_dir, config))
     try:
         token = parallel.of_first(folder.token)
@@ -206,6 +206,11 @@ def open_folder(config: "_config.Config") -> RunFolder:
         folder.close()
         raise
     return folder
+
+
+def _flat(config: "_config.Config") -> dict[str, Any]:
+    """Its values by dotted key, as YAML has them."""
+    return flatten(parse(_config.dump(config), "the config")[0])
 
 
 def _see(folder: RunFolder, token: str) -> None:
